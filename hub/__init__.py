@@ -1,0 +1,1 @@
+"""Building, converting and checking model folders."""
