@@ -1,0 +1,480 @@
+"""Perceptio: InternVL that writes `[SEG]` and a span of depth codes before its answer.
+
+The hidden state at `[SEG]` prompts a SAM2 mask decoder; the codes index a frozen VQ-VAE codebook, a dense depth map.
+
+B batch, L tokens, T picture tiles, S pictures for SAM2, M masks (flat over the batch), N codes of a span, K codes of
+the codebook, D width of the language model, H W pixels, h w the low resolution of mask logits (stride 4).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationMixin,
+    InternVLForConditionalGeneration,
+    InternVLModel,
+    LogitsProcessorList,
+    Sam2Model,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_perceptio import PerceptioConfig
+from .files_perceptio import check_weight_files, copy_code
+from .generation_perceptio import PerceptionGrammar, SpanGuard, opened_by, parse_span
+from .modeling_depth_vqvae import DepthVQVAE
+
+# Weight-only quantization is for the language model; masks and depth lose more by it than memory gains.
+NEVER_QUANTIZED = ("lm_head", "model.vision_tower", "model.multi_modal_projector", "seg_projector", "mask_model",
+                   "depth_model")  # fmt: skip
+BRANCHES = {"mask": ("mask_model", "seg_projector"), "depth": ("depth_model",)}
+
+
+@dataclass
+class PerceptioCausalLMOutput(ModelOutput):
+    """
+    loss: float[], next-token cross-entropy, when `labels` were given.
+    logits: float[B, L, V], or the last `logits_to_keep` positions.
+    last_hidden_state: float[B, L, D], what `[SEG]` is read from.
+    image_hidden_states: float[T, tokens, D], the projected picture tiles.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+@dataclass
+class MaskOutput(ModelOutput):
+    """
+    mask_logits: float32[M, h, w] before the sigmoid, stride 4 of the square SAM2 picture.
+    mask_scores: float32[M] in [0, 1], the IoU that SAM2 predicts for its mask.
+    object_scores: float32[M] in [0, 1], the probability that the thing is there at all.
+    """
+
+    mask_logits: Tensor | None = None
+    mask_scores: Tensor | None = None
+    object_scores: Tensor | None = None
+
+
+@dataclass
+class PerceptioGenerationOutput(ModelOutput):
+    """What `perceive` returns.  Masks and depth maps are flat lists with the row of each, never padded.
+
+    sequences: int[B, L], prompts included; `prompt_length` columns belong to the prompt.
+    mask_logits, mask_scores, object_scores: see `MaskOutput`; None when no row asked for a mask.
+    mask_rows, mask_positions: int[M], row and column in `sequences` of the `[SEG]` that each mask answers.
+    depth: float32[R, H, W], relative inverse depth in [0, 1], 1 is the picture's nearest point; None unless asked.
+    depth_codes: int[R, N], codes 0 … K-1 in row-major order;  depth_rows: int[R], their rows in `sequences`.
+    original_sizes: int[P, 2], (height, width) of the pictures as the processor passed them on.
+    """
+
+    sequences: Tensor | None = None
+    prompt_length: int | None = None
+    mask_logits: Tensor | None = None
+    mask_scores: Tensor | None = None
+    object_scores: Tensor | None = None
+    mask_rows: Tensor | None = None
+    mask_positions: Tensor | None = None
+    depth: Tensor | None = None
+    depth_codes: Tensor | None = None
+    depth_rows: Tensor | None = None
+    original_sizes: Tensor | None = None
+
+
+class SegProjector(nn.Module):
+    """Hidden state at `[SEG]` float[M, D] → prompt embedding of SAM2 float[M, D_sam]."""
+
+    def __init__(self, config: PerceptioConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, config.mask_config.prompt_encoder_config.hidden_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.linear_2(self.linear_1(states).relu())
+
+
+class SegStates:
+    """Last hidden states of the tokens that were generated (and of the prompt's opening), by absolute column.
+
+    A state is kept for every new token: only the device knows which of them is `[SEG]`, and asking would stop it.
+    """
+
+    def __init__(self, prompt_length: int):
+        self.prompt_length = self.columns = prompt_length
+        self.states: dict[int, Tensor] = {}
+
+    def note(self, input_ids: Tensor) -> None:
+        self.columns = max(input_ids.shape[1], self.prompt_length)  # a chunk of the prompt tells its own length only
+
+    def take(self, last_hidden_state: Tensor) -> None:
+        start = max(self.columns - last_hidden_state.shape[1], self.prompt_length - 2)
+        kept = last_hidden_state[:, start - self.columns :].clone()  # a compiled graph reuses its outputs
+        for offset in range(kept.shape[1]):
+            self.states[start + offset] = kept[:, offset]
+
+    def at(self, column: int, row: int) -> Tensor:
+        if column not in self.states:
+            raise ValueError(
+                f"the state of the [SEG] at column {column} was not computed: generation was stopped right after "
+                "it, or `prefill_chunk_size` cuts the prompt there"
+            )
+        return self.states[column][row]
+
+
+class PerceptioModel(InternVLModel):
+    """InternVL's body under a name of its own: in files, the library renames the weights of its own classes, by a table
+    that changes between its versions."""
+
+    config_class = PerceptioConfig
+    config: PerceptioConfig
+
+
+class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, GenerationMixin):
+    """InternVL with a mask branch and a depth branch.
+
+    `generate` works as for any model of the library and obeys the perception grammar; `perceive` also decodes what the
+    generated tokens stand for.
+    """
+
+    config_class = PerceptioConfig
+    config: PerceptioConfig
+
+    def __init__(self, config: PerceptioConfig):
+        super(InternVLForConditionalGeneration, self).__init__(config)
+        self.model = PerceptioModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.seg_projector = SegProjector(config)
+        self.mask_model = Sam2Model(config.mask_config)
+        self.depth_model = DepthVQVAE(config.depth_config)
+        self.missing_branches: frozenset[str] = frozenset()
+        self.freeze()
+        self.post_init()
+
+    def freeze(self) -> None:
+        """Freeze what the language loss does not reach; a trainer thaws what it trains."""
+        for branch in (self.seg_projector, self.mask_model, self.depth_model):
+            branch.requires_grad_(False)
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, allow_missing: bool = False, **kwargs):
+        """As in the library, but what the library only reports stops the loading: missing, unexpected or misshapen
+        weights, damaged files, a codebook other than the recorded one.  Pickled weights are never read.
+
+        allow_missing: load without the weights that are missing.  A branch that lacks weights then refuses to decode;
+            text works.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` is False, but Perceptio never reads pickled weights: convert the file")
+        kwargs["use_safetensors"] = True
+        wants_report = kwargs.pop("output_loading_info", False)
+        ignore_mismatched = kwargs.pop("ignore_mismatched_sizes", False)  # refused here, where both shapes are known
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None:
+            _spare_branches(quantization)
+        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
+            check_weight_files(pretrained_model_name_or_path, expect_float=quantization is None)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+        model._check_report(report, pretrained_model_name_or_path, allow_missing, ignore_mismatched)
+        model._check_numbers(pretrained_model_name_or_path)
+        model._check_codebook(pretrained_model_name_or_path)
+        return (model, report) if wants_report else model
+
+    def _check_report(self, report: dict, name, allow_missing: bool, ignore_mismatched: bool) -> None:
+        missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        if unexpected:
+            raise ValueError(
+                f"{name} holds {len(unexpected)} weights that Perceptio has no place for ({_some(unexpected)}): is it "
+                "another model? A backbone becomes a Perceptio folder by `perceptio assemble`"
+            )
+        if missing and not allow_missing:
+            raise ValueError(
+                f"{name} lacks {len(missing)} weights ({_some(missing)}), which would be random: fetch the whole "
+                "folder, build it with `perceptio assemble`, or pass `allow_missing=True` to use what is there"
+            )
+        if report["mismatched_keys"] and not ignore_mismatched:
+            key, found, expected = sorted(report["mismatched_keys"], key=lambda entry: entry[0])[0]
+            raise ValueError(
+                f"{name} holds {key} in shape {tuple(found)}, but its config.json asks for {tuple(expected)}: weights "
+                "and configuration belong to different models"
+            )
+        self.missing_branches = frozenset(
+            branch for branch, parts in BRANCHES.items() if any(key.startswith(parts) for key in missing)
+        )
+
+    def _check_numbers(self, name) -> None:
+        """The parts that are Perceptio's own are finite.  They are few; the language model shows at its first token."""
+        for branch in (self.seg_projector, self.mask_model.mask_decoder, self.depth_model):
+            for key, weight in branch.state_dict(keep_vars=True).items():
+                if weight.device.type != "meta" and weight.is_floating_point() and not torch.isfinite(weight).all():
+                    raise ValueError(f"{name} holds NaN or infinite values in {key}: fetch or save the folder again")
+
+    def _check_codebook(self, name) -> None:
+        recorded = self.config.depth_config.codebook_hash
+        if recorded is None or "depth" in self.missing_branches or self.depth_model.codebook.device.type == "meta":
+            return
+        # A checkpoint in half precision holds rounded codes, which hash otherwise; the hash is of the float32 table.
+        if (
+            self.depth_model.codebook.dtype == torch.float32
+            and (found := self.depth_model.codebook_hash()) != recorded
+        ):
+            raise ValueError(
+                f"the codebook in {name} has hash {found}, but its config.json records {recorded}: codebook and model "
+                "belong to different depth tokenizers"
+            )
+
+    def save_pretrained(self, save_directory, *args, max_shard_size: int | str = "5GB", **kwargs) -> None:
+        """As in the library; the folder also gets the code, so that it is a whole Hub repository."""
+        super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
+        if Path(save_directory).is_dir():
+            copy_code(save_directory, self.config.name_or_path, getattr(self.config, "_commit_hash", None))
+
+    # Forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> PerceptioCausalLMOutput | tuple:
+        """The language side alone: what a decoding step needs, at InternVL's cost.
+
+        pixel_values: float[T, 3, H, W], all tiles of the batch in the order of their placeholders.
+        labels: int[B, L], -100 where nothing is to be learned.
+        """
+        if mm_encoder_outputs is not None:
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        output = PerceptioCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            last_hidden_state=states,
+        )
+        wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        return output if wants_dict else output.to_tuple()
+
+    # Generation
+
+    def generate(self, inputs: Tensor | None = None, *args, sam_pixel_values=None, original_sizes=None, **kwargs):
+        """`GenerationMixin.generate` under the perception grammar.  Takes everything that the processor returns; the
+        SAM2 picture is not needed for text and costs nothing here."""
+        return super().generate(inputs, *args, **kwargs)
+
+    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, encoder_input_ids=None, **kwargs):
+        processors = super()._get_logits_processor(
+            generation_config, input_ids_seq_length=input_ids_seq_length, encoder_input_ids=encoder_input_ids, **kwargs
+        )
+        if encoder_input_ids is None or encoder_input_ids.ndim != 2 or encoder_input_ids.is_floating_point():
+            return processors
+        grammar = PerceptionGrammar(self.config, encoder_input_ids, max_length=generation_config.max_length)
+        if generation_config.max_length is not None and input_ids_seq_length is not None:
+            room = generation_config.max_length - input_ids_seq_length
+            if room < grammar.needed():
+                raise ValueError(
+                    f"`max_new_tokens` leaves room for {room} tokens, but the depth span needs {grammar.needed()} and "
+                    f"the answer comes after it: pass at least max_new_tokens={grammar.needed() + 1}, or perception="
+                    '"none"'
+                )
+        return LogitsProcessorList([grammar, *processors, *([SpanGuard(grammar)] if grammar.needed() else [])])
+
+    def prepare_inputs_for_generation(self, input_ids, *args, seg_states: SegStates | None = None, **kwargs):
+        if seg_states is not None:
+            seg_states.note(input_ids)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("seg_states") is not None:
+            model_kwargs["seg_states"].take(outputs.last_hidden_state)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    @torch.no_grad()
+    def perceive(
+        self, input_ids: Tensor, sam_pixel_values: Tensor | None = None, original_sizes: Tensor | None = None, **kwargs
+    ) -> PerceptioGenerationOutput:
+        """Generate, then decode what the sequences ask for.
+
+        input_ids: int[B, L], prompts as the processor writes them: their last tokens decide per row what is perceived.
+        sam_pixel_values: float[S, 3, H, W], one picture for each row that opens with `[SEG]`, in order.
+        kwargs: the processor's other outputs, and anything that `generate` takes (beams, sampling, a streamer, …).
+
+        The state at `[SEG]` is taken while generating; SAM2 encodes each picture once, and only for a mask.
+        """
+        opened = [opened_by(row, self.config) for row in input_ids[:, -2:].tolist()]
+        seg_rows = [row for row, (seg, _, _) in enumerate(opened) if seg]
+        self._check_request(opened, seg_rows, sam_pixel_values)
+        states = SegStates(input_ids.shape[1]) if seg_rows else None
+        kwargs["return_dict_in_generate"] = True
+        generated = self.generate(input_ids=input_ids, seg_states=states, **kwargs)
+        output = PerceptioGenerationOutput(
+            sequences=generated.sequences, prompt_length=input_ids.shape[1], original_sizes=original_sizes
+        )
+        copies = generated.sequences.shape[0] // input_ids.shape[0]
+        spans = [
+            parse_span(row, self.config, start=input_ids.shape[1] - opened[index // copies][2])
+            for index, row in enumerate(generated.sequences.tolist())
+        ]
+        if seg_rows:
+            beams, images = getattr(generated, "beam_indices", None), {row: i for i, row in enumerate(seg_rows)}
+            self._perceive_masks(output, spans, states, beams, copies, images, sam_pixel_values)
+        if any(depth for _, depth, _ in opened):
+            self._perceive_depth(output, spans)
+        return output
+
+    def _check_request(self, opened: list, seg_rows: list[int], sam_pixel_values: Tensor | None) -> None:
+        if seg_rows:
+            self._require("mask")
+            found = 0 if sam_pixel_values is None else len(sam_pixel_values)
+            if found != len(seg_rows):
+                raise ValueError(
+                    f"{len(seg_rows)} prompts open with [SEG], but `sam_pixel_values` holds {found} pictures: pass on "
+                    'everything that the processor returns, or prepare the prompts with perception="depth" or "none"'
+                )
+            side = self.config.mask_image_size
+            if sam_pixel_values.shape[1:] != (3, side, side):
+                raise ValueError(
+                    f"`sam_pixel_values` has shape {tuple(sam_pixel_values.shape)}, expected [pictures, 3, {side}, "
+                    f"{side}]: use the processor of this model"
+                )
+        if any(depth for _, depth, _ in opened):
+            self._require("depth")
+
+    def _require(self, branch: str) -> None:
+        if branch in self.missing_branches:
+            raise ValueError(
+                f"this model was loaded without the weights of its {branch} branch (allow_missing=True): load a "
+                "folder that has them, or ask without it"
+            )
+
+    def _perceive_masks(self, output, spans, states: SegStates, beams: Tensor | None, copies: int, images: dict,
+                        pictures: Tensor) -> None:  # fmt: skip
+        found = [(row, column) for row, span in enumerate(spans) for column in span.seg_positions]
+        hidden = []
+        for row, column in found:
+            # A beam may have wandered: the step that read this token read it in the row that the next token came from.
+            step = max(column + 1 - output.prompt_length, 0)
+            source = row if beams is None else int(beams[row, step])
+            hidden.append(states.at(column, source))
+        which = [images[row // copies] for row, _ in found]
+        masks = self.decode_masks(torch.stack(hidden), self.encode_pictures(pictures), which)
+        output.mask_logits, output.mask_scores, output.object_scores = masks.to_tuple()
+        output.mask_rows, output.mask_positions = torch.tensor(found).T
+
+    def _perceive_depth(self, output: PerceptioGenerationOutput, spans: list) -> None:
+        rows = [row for row, span in enumerate(spans) if span.depth_codes is not None]
+        if rows:
+            output.depth_codes = torch.tensor([spans[row].depth_codes for row in rows])
+            output.depth = self.decode_depth(output.depth_codes)
+            output.depth_rows = torch.tensor(rows)
+
+    # Decoding
+
+    def encode_pictures(self, sam_pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """SAM2's frozen image encoder, once per picture: float[S, 3, H, W] → maps at strides 4, 8 and 16."""
+        encoder = self.mask_model.vision_encoder
+        weight = next(encoder.parameters())
+        return tuple(encoder(sam_pixel_values.to(weight.device, weight.dtype)).fpn_hidden_states)
+
+    def decode_masks(self, states: Tensor, features: tuple[Tensor, ...], images: list[int] | Tensor) -> MaskOutput:
+        """One mask for each hidden state.
+
+        states: float[M, D], last hidden states at `[SEG]`.
+        features: from `encode_pictures`;  images: int[M], the picture (row of the features) of each state.
+        """
+        self._require("mask")
+        model, decoder = self.mask_model, self.mask_model.mask_decoder
+        weight = decoder.iou_token.weight
+        projector = self.seg_projector.linear_1.weight
+        prompts = self.seg_projector(states.to(projector.device, projector.dtype)).to(weight.device, weight.dtype)
+        images = torch.as_tensor(images, device=weight.device)
+        fine, middle, coarse = (maps.to(weight.device, weight.dtype) for maps in features)
+        fine, middle = decoder.conv_s0(fine), decoder.conv_s1(middle)
+        coarse = coarse + model.no_memory_embedding.view(1, -1, 1, 1).to(coarse)
+        sparse, dense = self._empty_prompt(len(prompts), weight)
+        logits, ious, _, objects = decoder(
+            image_embeddings=coarse[images],
+            image_positional_embeddings=model.get_image_wide_positional_embeddings()
+            .to(weight)
+            .expand(len(prompts), -1, -1, -1),
+            sparse_prompt_embeddings=torch.cat([sparse, prompts[:, None, None]], dim=2),
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+            high_resolution_features=[fine[images], middle[images]],
+        )  # [M, 1, candidates, h, w], [M, 1, candidates], _, [M, 1, 1]
+        best = ious[:, 0].argmax(-1)
+        rows = torch.arange(len(best), device=best.device)
+        return MaskOutput(
+            mask_logits=logits[rows, 0, best].float(),
+            mask_scores=ious[rows, 0, best].float(),
+            object_scores=objects[:, 0, 0].float().sigmoid(),
+        )
+
+    def _empty_prompt(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """SAM2's embeddings of "no point, no box, no mask", to which the state at `[SEG]` is one more token."""
+        points = torch.zeros(count, 1, 1, 2, device=like.device, dtype=like.dtype)
+        labels = -torch.ones(count, 1, 1, device=like.device, dtype=torch.int32)
+        return self.mask_model.prompt_encoder(points, labels, None, None)
+
+    def decode_depth(self, codes: Tensor) -> Tensor:
+        """Codes int[R, N] (0 … K-1, row-major) → relative inverse depth float32[R, H, W] in [0, 1], 1 is nearest."""
+        self._require("depth")
+        return self.depth_model.decode_ids(codes)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _spare_branches(quantization) -> None:
+    """Add the parts that stay in floating point to a quantization configuration, object or dict."""
+    for field in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if isinstance(quantization, dict):
+            if field in quantization or field == "modules_to_not_convert":
+                quantization[field] = sorted({*(quantization.get(field) or []), *NEVER_QUANTIZED})
+        elif hasattr(quantization, field):
+            setattr(quantization, field, sorted({*(getattr(quantization, field) or []), *NEVER_QUANTIZED}))
+
+
+__all__ = ["MaskOutput", "PerceptioCausalLMOutput", "PerceptioForConditionalGeneration", "PerceptioGenerationOutput"]
