@@ -29,6 +29,7 @@ from .modeling_depth_vqvae import DepthVQVAE
 NEVER_QUANTIZED = ("lm_head", "model.vision_tower", "model.multi_modal_projector", "seg_projector", "mask_model",
                    "depth_model")  # fmt: skip
 BRANCHES = {"mask": ("mask_model", "seg_projector"), "depth": ("depth_model",)}
+OWN_PARTS = ("seg_projector", "mask_model", "depth_model")
 
 
 @dataclass
@@ -141,26 +142,37 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
 
     `generate` works as for any model of the library and obeys the perception grammar; `perceive` also decodes what the
     generated tokens stand for.
+
+    branches: which of "mask" and "depth" to build; `from_pretrained(folder, branches=())` loads the language side alone,
+        at the backbone's memory.
     """
 
     config_class = PerceptioConfig
     config: PerceptioConfig
 
-    def __init__(self, config: PerceptioConfig):
+    def __init__(self, config: PerceptioConfig, branches: tuple[str, ...] = tuple(BRANCHES)):
         super(InternVLForConditionalGeneration, self).__init__(config)
         self.model = PerceptioModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.seg_projector = SegProjector(config)
-        self.mask_model = Sam2Model(config.mask_config)
-        self.depth_model = DepthVQVAE(config.depth_config)
-        self.missing_branches: frozenset[str] = frozenset()
+        unknown = set(branches) - set(BRANCHES)
+        if unknown:
+            raise ValueError(f"`branches` holds {sorted(unknown)}, expected some of {list(BRANCHES)}")
+        if "mask" in branches:
+            self.seg_projector = SegProjector(config)
+            self.mask_model = Sam2Model(config.mask_config)
+        if "depth" in branches:
+            self.depth_model = DepthVQVAE(config.depth_config)
+        self.missing_branches = frozenset(BRANCHES) - set(branches)
+        absent = [rf"^{part}\." for branch in sorted(self.missing_branches) for part in BRANCHES[branch]]
+        self._keys_to_ignore_on_load_unexpected = absent or None
         self.freeze()
         self.post_init()
 
     def freeze(self) -> None:
         """Freeze what the language loss does not reach; a trainer thaws what it trains."""
-        for branch in (self.seg_projector, self.mask_model, self.depth_model):
-            branch.requires_grad_(False)
+        for name in OWN_PARTS:
+            if hasattr(self, name):
+                getattr(self, name).requires_grad_(False)
 
     # Loading and saving
 
@@ -212,16 +224,17 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
                 f"{name} holds {key} in shape {tuple(found)}, but its config.json asks for {tuple(expected)}: weights "
                 "and configuration belong to different models"
             )
-        self.missing_branches = frozenset(
+        self.missing_branches |= {
             branch for branch, parts in BRANCHES.items() if any(key.startswith(parts) for key in missing)
-        )
+        }
 
     def _check_numbers(self, name) -> None:
         """The parts that are Perceptio's own are finite.  They are few; the language model shows at its first token."""
-        for branch in (self.seg_projector, self.mask_model.mask_decoder, self.depth_model):
-            for key, weight in branch.state_dict(keep_vars=True).items():
-                if weight.device.type != "meta" and weight.is_floating_point() and not torch.isfinite(weight).all():
-                    raise ValueError(f"{name} holds NaN or infinite values in {key}: fetch or save the folder again")
+        parts = ("seg_projector.", "mask_model.mask_decoder.", "depth_model.")
+        for key, weight in self.state_dict(keep_vars=True).items():
+            checked = key.startswith(parts) and weight.device.type != "meta" and weight.is_floating_point()
+            if checked and not torch.isfinite(weight).all():
+                raise ValueError(f"{name} holds NaN or infinite values in {key}: fetch or save the folder again")
 
     def _check_codebook(self, name) -> None:
         recorded = self.config.depth_config.codebook_hash
@@ -239,6 +252,11 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
 
     def save_pretrained(self, save_directory, *args, max_shard_size: int | str = "5GB", **kwargs) -> None:
         """As in the library; the folder also gets the code, so that it is a whole Hub repository."""
+        if self.missing_branches:
+            raise ValueError(
+                f"this model has no weights of its {sorted(self.missing_branches)} branch, so the folder would be half a "
+                "model: load it whole before saving"
+            )
         super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
         if Path(save_directory).is_dir():
             copy_code(save_directory, self.config.name_or_path, getattr(self.config, "_commit_hash", None))
@@ -384,8 +402,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
     def _require(self, branch: str) -> None:
         if branch in self.missing_branches:
             raise ValueError(
-                f"this model was loaded without the weights of its {branch} branch (allow_missing=True): load a "
-                "folder that has them, or ask without it"
+                f"this model was loaded without the weights of its {branch} branch: load a folder that has them, without "
+                "`branches` or `allow_missing`, or ask without it"
             )
 
     def _perceive_masks(self, output, spans, states: SegStates, beams: Tensor | None, copies: int, images: dict,
