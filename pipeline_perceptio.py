@@ -133,7 +133,7 @@ class PerceptioPipeline(Pipeline):
                     raise ValueError(
                         f"a picture part has the keys {sorted(part)}, expected one of image, path, url, base64"
                     )
-                picture = load_picture(part[keys[0]], self.processor.max_pixels, allow_urls)
+                picture = load_picture(part[keys[0]], self.processor.max_image_pixels, allow_urls)
                 part = {"type": "image", "image": picture}
             parts.append(part)
         return {**message, "content": parts}

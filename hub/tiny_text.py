@@ -3,16 +3,16 @@
 from transformers import GotOcr2ImageProcessorPil, LlamaTokenizer, Qwen2Tokenizer
 
 from ..processing_perceptio import (
-    IMAGE_END_TOKEN,
-    IMAGE_START_TOKEN,
+    END_IMAGE_TOKEN,
+    END_TURN_TOKEN,
     IMAGE_TOKEN,
-    TURN_END,
-    TURN_START,
+    START_IMAGE_TOKEN,
+    START_TURN_TOKEN,
     PerceptioProcessor,
     add_perception_tokens,
 )
 
-CHAT_TOKENS = (TURN_START, TURN_END, IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN)
+CHAT_TOKENS = (START_TURN_TOKEN, END_TURN_TOKEN, START_IMAGE_TOKEN, END_IMAGE_TOKEN, IMAGE_TOKEN)
 # Merges of a byte-level vocabulary; "Ġ" is a space.
 MERGES = (
     "t h", "th e", "Ġ the", "i n", "e r", "o n", "a n", "Ġ a", "Ġ i", "r e", "o r", "e n", "Ġ c", "Ġ w", "i s", "Ġi s",
@@ -36,7 +36,7 @@ def tiny_tokenizer(family: str = "qwen2"):
     else:
         raise ValueError(f"`family` is {family!r}, expected qwen2, qwen3 or llama")
     tokenizer.add_special_tokens({"extra_special_tokens": list(CHAT_TOKENS)}, replace_extra_special_tokens=False)
-    tokenizer.eos_token = TURN_END
+    tokenizer.eos_token = END_TURN_TOKEN
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -86,7 +86,7 @@ def tiny_processor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         image_seq_length=16,
-        mask_image_size=64,
+        sam_image_size=64,
         num_depth_codes=num_codes,
         depth_grid_size=grid_size,
     )
