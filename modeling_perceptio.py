@@ -149,6 +149,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
 
     config_class = PerceptioConfig
     config: PerceptioConfig
+    # Few weights, and a codebook that is rounded has another hash than the one that the data's codes were made with.
+    _keep_in_fp32_modules_strict = ["depth_model"]
 
     def __init__(self, config: PerceptioConfig, branches: tuple[str, ...] = tuple(BRANCHES)):
         super(InternVLForConditionalGeneration, self).__init__(config)
@@ -240,7 +242,6 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         recorded = self.config.depth_config.codebook_hash
         if recorded is None or "depth" in self.missing_branches or self.depth_model.codebook.device.type == "meta":
             return
-        # A checkpoint in half precision holds rounded codes, which hash otherwise; the hash is of the float32 table.
         if (
             self.depth_model.codebook.dtype == torch.float32
             and (found := self.depth_model.codebook_hash()) != recorded

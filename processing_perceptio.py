@@ -446,8 +446,8 @@ class PerceptioProcessor(ProcessorMixin):
         pictures = [name for name in self.image_processor.model_input_names if name != "num_patches"]
         return [*self.tokenizer.model_input_names, *pictures, "original_sizes"]
 
-    def check_config(self, config) -> None:
-        """Raise unless this processor belongs to the model of that configuration."""
+    def check_config(self, config) -> "PerceptioProcessor":
+        """Itself, if it belongs to the model of that configuration; raises otherwise."""
         ours = {
             "seg_token_id": self.seg_token_id,
             "depth_start_token_id": self.depth_start_token_id,
@@ -467,6 +467,7 @@ class PerceptioProcessor(ProcessorMixin):
                 f"the tokenizer has {len(self.tokenizer)} entries, the model only {config.text_config.vocab_size} "
                 "embedding rows: load both from one folder"
             )
+        return self
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in the library; the folder also gets the code that its entry for `AutoProcessor` names."""
@@ -796,8 +797,8 @@ class PerceptioProcessor(ProcessorMixin):
         """What each generated sequence says, with its answer decoded.
 
         sequences: the output of `perceive`, or int[B, L].
-        prompt_length: columns of the prompt; taken from the output of `perceive`. None for bare ids means that they start
-        with the opening of the answer.
+        prompt_length: columns of the prompt; taken from the output of `perceive`. None for bare ids reads the last turn of
+        the assistant, or all of a row in which none starts.
         strict: raise `DepthSpanError` at the first sequence that is not well formed.
         """
         if getattr(sequences, "sequences", None) is not None:
@@ -808,7 +809,9 @@ class PerceptioProcessor(ProcessorMixin):
         skip = (*(ends - {None}), self.tokenizer.convert_tokens_to_ids(END_TURN_TOKEN))
         spans = []
         for index, row in enumerate(rows):
-            start = prompt_length - opened_by(row[:prompt_length], self)[2] if prompt_length else 0
+            start = self._turn_start(row) if prompt_length is None else prompt_length
+            if prompt_length is not None:
+                start -= opened_by(row[:prompt_length], self)[2]
             span = parse_span(row, self, start=start, skip=skip)
             if strict and not span.valid:
                 span.problems[0] = f"sequence {index}: {span.problems[0]}"
@@ -816,6 +819,11 @@ class PerceptioProcessor(ProcessorMixin):
             span.answer = self.tokenizer.decode(span.answer_ids, skip_special_tokens=True)
             spans.append(span)
         return spans
+
+    def _turn_start(self, row: list[int]) -> int:
+        header = self.tokenizer.encode(f"{START_TURN_TOKEN}assistant\n", add_special_tokens=False)
+        found = (i for i in range(len(row) - len(header), -1, -1) if row[i : i + len(header)] == header)
+        return next((start + len(header) for start in found), 0)
 
     def post_process_masks(
         self,

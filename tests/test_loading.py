@@ -289,6 +289,13 @@ def test_a_config_that_is_no_json_object(single, text):
         load(single)
 
 
+def test_the_codebook_stays_exact_through_half_precision(single):
+    """A rounded codebook has another hash, so a folder saved in bfloat16 could not be loaded in float32 again."""
+    load(single, dtype=torch.bfloat16).save_pretrained(single.parent / "half")
+    again = load(single.parent / "half", dtype=torch.float32)
+    assert again.depth_model.codebook_hash() == load(single).depth_model.codebook_hash()
+
+
 @pytest.mark.parametrize(
     "way", [{}, {"dtype": torch.bfloat16}, {"dtype": "auto"}, {"device_map": "cpu"}, {"device_map": "auto"}]
 )
@@ -296,6 +303,10 @@ def test_ways_of_loading_agree(single, way):
     expected, model = load(single), load(single, **way)
     for (name, left), (_, right) in zip(expected.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(left.to(right.dtype), right), name
+    if "dtype" in way:
+        assert {p.dtype for p in model.model.parameters()} == {
+            torch.bfloat16 if way["dtype"] != "auto" else torch.float32
+        }
 
 
 def test_non_persistent_buffers_are_rebuilt(single):
