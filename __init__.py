@@ -6,10 +6,13 @@ package needs no `trust_remote_code`.
 
 from pathlib import Path
 
+# First of all: it refuses a transformers that is too old for the imports below.
+from .configuration_perceptio import PerceptioConfig, PerceptioDepthConfig
+
+# isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_perceptio import PerceptioConfig, PerceptioDepthConfig
 from .generation_perceptio import DepthSpanError, PerceptionGrammar, PerceptionSpan, parse_span
 from .modeling_depth_vqvae import DepthVQVAE
 from .modeling_perceptio import PerceptioForConditionalGeneration, PerceptioGenerationOutput

@@ -130,8 +130,8 @@ class SegStates:
 
 
 class PerceptioModel(InternVLModel):
-    """InternVL's body under a name of its own: in files, the library renames the weights of its own classes, by a table
-    that changes between its versions."""
+    """InternVL's body under a name of its own: in files the library renames the weights of its own classes, by a table
+    that changes between versions."""
 
     config_class = PerceptioConfig
     config: PerceptioConfig
@@ -143,8 +143,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
     `generate` works as for any model of the library and obeys the perception grammar; `perceive` also decodes what the
     generated tokens stand for.
 
-    branches: which of "mask" and "depth" to build; `from_pretrained(folder, branches=())` loads the language side alone,
-        at the backbone's memory.
+    branches: which of "mask" and "depth" to build; `from_pretrained(folder, branches=())` loads the language side
+        alone, at the backbone's memory.
     """
 
     config_class = PerceptioConfig
@@ -231,7 +231,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         }
 
     def _check_numbers(self, name) -> None:
-        """The parts that are Perceptio's own are finite.  They are few; the language model shows at its first token."""
+        """The small parts that are Perceptio's own are finite; the language model shows at its first token."""
         parts = ("seg_projector.", "mask_model.mask_decoder.", "depth_model.")
         for key, weight in self.state_dict(keep_vars=True).items():
             checked = key.startswith(parts) and weight.device.type != "meta" and weight.is_floating_point()
@@ -255,8 +255,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         """As in the library; the folder also gets the code, so that it is a whole Hub repository."""
         if self.missing_branches:
             raise ValueError(
-                f"this model has no weights of its {sorted(self.missing_branches)} branch, so the folder would be half a "
-                "model: load it whole before saving"
+                f"this model has no weights of its {sorted(self.missing_branches)} branch, so the folder would be "
+                "half a model: load it whole before saving"
             )
         super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
         if Path(save_directory).is_dir():
@@ -403,8 +403,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
     def _require(self, branch: str) -> None:
         if branch in self.missing_branches:
             raise ValueError(
-                f"this model was loaded without the weights of its {branch} branch: load a folder that has them, without "
-                "`branches` or `allow_missing`, or ask without it"
+                f"this model was loaded without the weights of its {branch} branch: load a folder that has them, "
+                "without `branches` or `allow_missing`, or ask without it"
             )
 
     def _perceive_masks(self, output, spans, states: SegStates, beams: Tensor | None, copies: int, images: dict,

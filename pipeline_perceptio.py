@@ -17,7 +17,7 @@ class PerceptioPipeline(Pipeline):
         generated_text: the answer alone.
         mask: PIL picture, mode L, 0 or 255, in the input's size; None also where the thing is not there.
         score, object_score: SAM2's predicted IoU of that mask, and the probability that the thing is there.
-        masks: list of dicts (mask, score, object_score, position, area), one per `[SEG]`; the keys above are its first.
+        masks: list of dicts (mask, score, object_score, position, area in pixels), one per `[SEG]`, the above first.
         predicted_depth: float32[H, W], relative inverse depth in [0, 1], larger is nearer, scaled per picture.
         depth: the same as a PIL picture, mode L;  depth_codes: the N codes.
         problems: what is wrong with the generated sequence; empty under the grammar.
@@ -114,14 +114,14 @@ class PerceptioPipeline(Pipeline):
         unknown = sorted(set(inputs) - {"image", "text"})
         if unknown or not isinstance(inputs.get("text"), str):
             raise ValueError(
-                f"an input has the keys {sorted(inputs)}, expected `text` (a string) and, for a question about a picture, "
-                "`image`"
+                f"an input has the keys {sorted(inputs)}, expected `text` (a string) and, for a question about a "
+                "picture, `image`"
             )
         parts = [] if inputs.get("image") is None else [{"type": "image", "image": inputs["image"]}]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": inputs["text"]}]}]
 
     def _with_pictures(self, message, allow_urls: bool):
-        """The message with its pictures loaded here, by our rules: the library's loader fetches whatever it is told."""
+        """The message with its pictures loaded by our rules: the library's loader fetches whatever it is told."""
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, (list, tuple)):
             return message

@@ -1,7 +1,7 @@
 """Pictures and conversations in, tensors out; generated ids in, masks, depth maps and text out.
 
-The only file that knows token strings.  A conversation ends in `<|im_start|>assistant` and the opening of the perception
-mode; control tokens that a user typed are text.
+The only file that knows token strings.  A conversation ends in `<|im_start|>assistant` and the opening of the
+perception mode; control tokens that a user typed are text.
 """
 
 import base64
@@ -13,6 +13,7 @@ import threading
 import urllib.request
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ MAX_IMAGE_PIXELS = 64_000_000
 LONGEST_DOWNLOAD = 100 * 2**20
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# A noncharacter, which Unicode reserves for use inside a program.  It breaks a control token that a user typed, so that
-# nothing on the way (placeholders, counting, decoding) takes it for one; encoding takes it out again.
+# A noncharacter, which Unicode reserves for use inside a program.  It breaks a control token that a user typed, so
+# that nothing on the way (placeholders, counting, decoding) takes it for one; encoding takes it out again.
 MARK = "\ufdd0"
 # A fast tokenizer keeps padding, truncation and "special tokens are text" as state that every call sets anew.
 _TOKENIZER_STATE = threading.Lock()
@@ -107,7 +108,9 @@ def add_perception_tokens(tokenizer, num_codes: int = 128) -> dict:
     own = [SEG_TOKEN, DEPTH_START_TOKEN, DEPTH_END_TOKEN, *codes]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in own], special_tokens=True)
     if depth_code_token(num_codes) in tokenizer.get_vocab():
-        raise ValueError(f"the tokenizer has more than the {num_codes} depth codes asked for: pass its own number of codes")
+        raise ValueError(
+            f"the tokenizer has more than the {num_codes} depth codes asked for: pass its own number of codes"
+        )
     ids = {token: _single_id(tokenizer, token) for token in own + picture + turn}
     first = ids[codes[0]]
     if [ids[code] for code in codes] != list(range(first, first + num_codes)):
@@ -137,15 +140,21 @@ def _single_id(tokenizer, token: str) -> int:
 
 
 def response_template(tokenizer) -> dict:
-    """How the library's `parse_response` and `get_response_parser` read an answer.  Lenient, where `parse` is strict."""
+    """How the library's `parse_response` and `get_response_parser` read an answer: leniently; `parse` is strict."""
     ends = [END_TURN_TOKEN, tokenizer.eos_token, tokenizer.pad_token]
     return {
         "defaults": {"role": "assistant"},
         "start_anchor": f"{START_TURN_TOKEN}assistant\n",
         "fields": {
-            "segmentation": {"open": SEG_TOKEN, "close_pattern": "", "repeats": True},
+            "segmentation": {"open": SEG_TOKEN, "close_pattern": "", "repeats": True, "transform": SEG_TOKEN},
             "depth": {"open": DEPTH_START_TOKEN, "close": DEPTH_END_TOKEN, "repeats": True},
-            "content": {"close": list(dict.fromkeys(filter(None, ends))), "repeats": True, "join": ""},
+            # Unstripped: a [SEG] in the middle of a sentence must not glue its neighbours together.
+            "content": {
+                "close": list(dict.fromkeys(filter(None, ends))),
+                "repeats": True,
+                "join": "",
+                "content_args": {"strip": False},
+            },
         },
     }
 
@@ -160,12 +169,12 @@ class PictureError(ValueError):
 def load_picture(source, max_pixels: int = MAX_IMAGE_PIXELS, allow_urls: bool = False) -> Image.Image:
     """Any picture → PIL, mode RGB, upright as a person sees it.
 
-    source: path, bytes, file object, base64 string, `data:` URL, PIL picture, or an array or tensor [H, W], [H, W, C] or
-    [C, H, W]. `http(s)` URLs are fetched only with `allow_urls`, and then any address that this machine can reach.
+    source: path, bytes, file object, base64 string, `data:` URL, PIL picture, or an array or tensor [H, W], [H, W, C]
+    or [C, H, W]. `http(s)` URLs are fetched only with `allow_urls`, and then any address that this machine can reach.
     max_pixels: a picture with more is refused before it is decoded.
 
-    EXIF rotation is applied, transparency is laid on white, of an animation a file gives its first frame. 16-bit values
-    are divided by 257 (65535 → 255); floats must lie in [0, 1] (1 → 255).
+    EXIF rotation is applied, transparency is laid on white, of an animation a file gives its first frame. 16-bit
+    values are divided by 257 (65535 → 255); floats must lie in [0, 1] (1 → 255).
     """
     if isinstance(source, Image.Image):
         return _upright_rgb(source, "the PIL picture", max_pixels)
@@ -176,8 +185,8 @@ def load_picture(source, max_pixels: int = MAX_IMAGE_PIXELS, allow_urls: bool = 
         picture = Image.open(file, formats=PICTURE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(
-            f"{name} is too large ({error}), expected at most {max_pixels} pixels: make it smaller, or raise `max_pixels` "
-            "(`max_image_pixels` of the processor) and PIL.Image.MAX_IMAGE_PIXELS"
+            f"{name} is too large ({error}), expected at most {max_pixels} pixels: make it smaller, or raise "
+            "`max_pixels` (`max_image_pixels` of the processor) and PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except Exception as error:  # a damaged header raises nearly anything
         head = _head(file)
@@ -208,7 +217,7 @@ def _open_source(source, allow_urls: bool):
         if hasattr(source, "read"):
             return _bytes(source.read(), f"the file object {getattr(source, 'name', type(source).__name__)}")
         raise PictureError(
-            f"a picture is given as {type(source).__name__}, expected a path, bytes, a PIL picture, an array or a tensor"
+            f"a picture is given as {type(source).__name__}, expected a path, bytes, PIL picture, array or tensor"
         )
     scheme = source[:8].partition(":")[0].lower() if ":" in source[:8] else ""
     if scheme in ("http", "https"):
@@ -217,7 +226,8 @@ def _open_source(source, allow_urls: bool):
         return _bytes(_from_base64(source.partition(",")[2], "the data: URL"), "the picture in the data: URL")
     if scheme in ("file", "ftp"):
         raise PictureError(f"{source:.200} is a {scheme} URL, expected a path: pass the plain path")
-    if os.path.isfile(source) or not re.fullmatch(r"[A-Za-z0-9+/\s]{16,}={0,2}\s*", source):
+    # A path may look like base64 and the reverse ("/9j/…" is a JPEG); no picture has fewer than 40 letters.
+    if _exists(source) or not re.fullmatch(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*", source):
         return _regular_file(source)
     return _bytes(_from_base64(source, f"{source:.40}…, which is no file,"), "the base64 picture")
 
@@ -249,13 +259,15 @@ def _from_base64(text: str, name: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise PictureError(f"{name} is not base64 ({error}), expected a base64 picture or the path of a file") from error
+        raise PictureError(
+            f"{name} is not base64 ({error}), expected a base64 picture or the path of a file"
+        ) from error
 
 
 def _fetch(url: str, allow_urls: bool) -> bytes:
     if not allow_urls:
         raise PictureError(
-            f"the picture {url:.200} is a URL, and none is fetched unless asked: pass `allow_urls=True`, or fetch it yourself"
+            f"the picture {url:.200} is a URL, which is fetched only when asked: pass `allow_urls=True`, or fetch it"
         )
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
@@ -265,7 +277,9 @@ def _fetch(url: str, allow_urls: bool) -> bytes:
     except OSError as error:
         raise PictureError(f"the picture {url:.200} cannot be fetched: {error}") from error
     if len(data) > LONGEST_DOWNLOAD:
-        raise PictureError(f"the picture {url:.200} has more than {LONGEST_DOWNLOAD} bytes: fetch and shrink it yourself")
+        raise PictureError(
+            f"the picture {url:.200} has more than {LONGEST_DOWNLOAD} bytes: fetch and shrink it yourself"
+        )
     return data
 
 
@@ -274,8 +288,8 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise PictureError(f"{name} is {width} wide and {height} high, expected at least one pixel")
     if width * height > max_pixels:
         raise PictureError(
-            f"{name} is {width} × {height} = {width * height} pixels, expected at most {max_pixels}: make it smaller, or "
-            "raise `max_pixels` (`max_image_pixels` of the processor)"
+            f"{name} is {width} × {height} = {width * height} pixels, expected at most {max_pixels}: make it smaller, "
+            "or raise `max_pixels` (`max_image_pixels` of the processor)"
         )
 
 
@@ -328,7 +342,9 @@ def _from_array(array, max_pixels: int) -> Image.Image:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3:
-        raise PictureError(f"the array has shape {array.shape}, expected [H, W], [H, W, C] or [C, H, W] of one picture")
+        raise PictureError(
+            f"the array has shape {array.shape}, expected [H, W], [H, W, C] or [C, H, W] of one picture"
+        )
     if 0 in array.shape:
         raise PictureError(f"the array has shape {array.shape}, expected at least one pixel")
     array = np.moveaxis(array, 0, -1) if _channels_first(array.shape) else array
@@ -418,8 +434,9 @@ class PerceptioProcessor(ProcessorMixin):
         for token in (SEG_TOKEN, DEPTH_START_TOKEN, DEPTH_END_TOKEN, *codes, IMAGE_TOKEN, END_TURN_TOKEN):
             if token not in vocabulary:
                 raise ValueError(
-                    f"the tokenizer has no {token}, expected {num_depth_codes} depth codes and Perceptio's other tokens: "
-                    f"call `add_perception_tokens(tokenizer, {num_depth_codes})`, or load the tokenizer of this model"
+                    f"the tokenizer has no {token}, expected {num_depth_codes} depth codes and Perceptio's other "
+                    f"tokens: call `add_perception_tokens(tokenizer, {num_depth_codes})`, or load the tokenizer of "
+                    "this model"
                 )
         self.image_seq_length = image_seq_length
         self.sam_image_size = sam_image_size
@@ -483,18 +500,29 @@ class PerceptioProcessor(ProcessorMixin):
     def __call__(self, images=None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
         """Rendered prompts and their pictures → what `generate` and `perceive` take.
 
-        text: one prompt or several, as `apply_chat_template(tokenize=False)` writes them: each `<IMG_CONTEXT>` in it stands
-        for a picture, and control tokens are control tokens.
-        images: all that `load_picture` takes: one, a flat list in the order of the placeholders, or one list per prompt.
+        text: one prompt or several, as `apply_chat_template(tokenize=False)` writes them: each `<IMG_CONTEXT>` in it
+        stands for a picture, and control tokens are control tokens.
+        images: all that `load_picture` takes: one, a flat list in the order of the placeholders, or one list per
+        prompt.
         kwargs: as for any processor; `images_kwargs={"allow_urls": True}` fetches URLs.
 
         Returns input_ids and attention_mask int[B, L], pixel_values float[T, 3, H, W] (the tiles of all pictures),
-        original_sizes int[P, 2], (height, width) of the picture of each prompt that has exactly one, and sam_pixel_values
-        float[S, 3, H, W], one for each prompt that ends in an opening with `[SEG]`.
+        original_sizes int[P, 2], (height, width) of the picture of each prompt that has exactly one, and
+        sam_pixel_values float[S, 3, H, W], one for each prompt that ends in an opening with `[SEG]`.
         """
         prompts = [text] if isinstance(text, str) else text
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts) or not prompts:
+        if (
+            not isinstance(prompts, (list, tuple))
+            or not all(isinstance(prompt, str) for prompt in prompts)
+            or not prompts
+        ):
             raise ValueError(f"`text` is {type(text).__name__}, expected one rendered prompt (str) or a list of them")
+        for row, prompt in enumerate(prompts):
+            if lone := re.search("[\ud800-\udfff]", prompt):
+                raise ValueError(
+                    f"prompt {row} holds half a character ({lone[0]!r} at {lone.start()}), expected whole Unicode: "
+                    'decode the text with errors="replace"'
+                )
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -544,8 +572,8 @@ class PerceptioProcessor(ProcessorMixin):
             )
         if nested and found != wanted:
             raise ValueError(
-                f"the pictures are nested as {found} per prompt, but the prompts hold {wanted} {IMAGE_TOKEN} tokens: give "
-                "each prompt its own pictures, or a flat list"
+                f"the pictures are nested as {found} per prompt, but the prompts hold {wanted} {IMAGE_TOKEN} tokens: "
+                "give each prompt its own pictures, or a flat list"
             )
         loaded = iter([self._load(index, image, allow_urls) for index, image in enumerate(images)])
         return [[next(loaded) for _ in range(count)] for count in wanted]
@@ -607,20 +635,24 @@ class PerceptioProcessor(ProcessorMixin):
     ):
         """As in the library, with two arguments more.
 
-        perception: what the answer opens with: `"seg+depth"`, `"seg"`, `"depth"`, `"none"`, or a list with one of these per
-        conversation. None is "seg+depth" for a conversation with exactly one picture, else "none". Without
+        perception: what the answer opens with: `"seg+depth"`, `"seg"`, `"depth"`, `"none"`, or a list with one of
+        these per conversation. None is "seg+depth" for a conversation with exactly one picture, else "none". Without
         `add_generation_prompt` nothing is opened.
-        sanitize_control_tokens: control tokens that are typed in messages, tools or documents are text; the answers in the
-        history keep `[SEG]` and their depth spans. A prompt that is returned as a string (`tokenize=False`) holds a
-        noncharacter inside such a token, which the processor takes out again. False trusts every string.
+        sanitize_control_tokens: control tokens that are typed in messages, tools or documents are text; the answers in
+        the history keep `[SEG]` and their depth spans. A prompt that is returned as a string (`tokenize=False`) holds
+        a noncharacter inside such a token, which the processor takes out again. False trusts every string.
         """
         chats, batched = _as_chats(conversation)
         modes = perception if isinstance(perception, (list, tuple)) else [perception] * len(chats)
         if len(modes) != len(chats):
-            raise ValueError(f"`perception` names {len(modes)} modes for {len(chats)} conversations, expected one for each")
+            raise ValueError(
+                f"`perception` names {len(modes)} modes for {len(chats)} conversations, expected one for each"
+            )
         template = self._named_template(chat_template)
         if any(mode is not None for mode in modes) and "perception" not in template:
-            raise ValueError("`perception` is given, but the `chat_template` has no such variable: leave one of them out")
+            raise ValueError(
+                "`perception` is given, but the `chat_template` has no such variable: leave one of them out"
+            )
         tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
         if sanitize_control_tokens:
             chats = [[self._escape_message(message) for message in chat] for chat in chats]
@@ -674,16 +706,14 @@ class PerceptioProcessor(ProcessorMixin):
         content = message.get("content")
         if isinstance(content, list):
             parts = []
-            for part in content:
-                typed = part["type"] == "text"
-                if typed and parts and parts[-1]["type"] == "text":
-                    both = parts[-1]["text"] + part["text"]
-                    # A control token in two halves would be whole again in the prompt.
-                    if len(pattern.findall(both)) != sum(len(pattern.findall(p["text"])) for p in (parts[-1], part)):
-                        parts[-1] = {**parts[-1], "text": both}
-                        continue
-                parts.append(part)
-            content = [self._escape(part, pattern) if part["type"] == "text" else part for part in parts]
+            for typed, run in groupby(content, key=lambda part: part["type"] == "text"):
+                run = list(run)
+                whole = "".join(part["text"] for part in run) if typed else ""
+                # A control token in pieces would be whole again in the prompt.
+                if len(pattern.findall(whole)) != sum(len(pattern.findall(part["text"])) for part in run if typed):
+                    run = [{"type": "text", "text": whole}]
+                parts += self._escape(run, pattern) if typed else run
+            content = parts
         else:
             content = self._escape(content, pattern)
         rest = {key: self._escape(value, pattern) for key, value in message.items() if key != "content"}
@@ -701,16 +731,23 @@ class PerceptioProcessor(ProcessorMixin):
         lengths = [sum(map(int, row)) for row in data.get("attention_mask", [])]
         if not text_kwargs.get("truncation") and lengths and max(lengths) > limit:
             raise ValueError(
-                f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, expected at most {limit}: shorten it, pass "
-                'fewer tiles (images_kwargs={"max_patches": …}), or raise `processor.tokenizer.model_max_length`'
+                f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, expected at most {limit}: shorten "
+                'it, pass fewer tiles (images_kwargs={"max_patches": …}), or raise '
+                "`processor.tokenizer.model_max_length`"
             )
         return data
 
     def _tokenize_marked(self, prompts: list[str], kwargs: dict):
         """What the tokenizer's call does, for prompts that hold marks."""
-        asked = [name for name in ("return_overflowing_tokens", "return_special_tokens_mask", "text_pair") if kwargs.get(name)]
+        asked = [
+            name
+            for name in ("return_overflowing_tokens", "return_special_tokens_mask", "text_pair")
+            if kwargs.get(name)
+        ]
         if asked:
-            raise ValueError(f"`{asked[0]}` cannot be had for a prompt in which a control token was typed: leave it out")
+            raise ValueError(
+                f"`{asked[0]}` cannot be had for a prompt in which a control token was typed: leave it out"
+            )
         with_offsets = kwargs.pop("return_offsets_mapping", False)
         rows = [self._encode_marked(prompt, kwargs.get("add_special_tokens") is not False) for prompt in prompts]
         length = kwargs.get("max_length")
@@ -718,7 +755,14 @@ class PerceptioProcessor(ProcessorMixin):
             length = length or self.tokenizer.model_max_length
             right = self.tokenizer.truncation_side == "right"
             rows = [tuple(part[:length] if right else part[-length:] for part in row) for row in rows]
-        names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
+        names = (
+            "padding",
+            "max_length",
+            "pad_to_multiple_of",
+            "padding_side",
+            "return_attention_mask",
+            "return_tensors",
+        )
         kept = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         data = self.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, **{"padding": False, **kept})
         if with_offsets:
@@ -732,8 +776,8 @@ class PerceptioProcessor(ProcessorMixin):
     def _encode_marked(self, prompt: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and (start, end) of each in `prompt`.
 
-        The tokenizer itself splits a text at its special tokens and encodes what lies between. So do we, at those which
-        bear no mark; a part with a mark is encoded without special tokens, all the rest as ever.
+        The tokenizer itself splits a text at its special tokens and encodes what lies between. So do we, at those
+        which bear no mark; a part with a mark is encoded without special tokens, all the rest as ever.
         """
         ids, offsets, run, run_start, start = [], [], "", 0, 0
         pieces = re.split(f"({self._pattern().pattern})", prompt)
@@ -777,11 +821,13 @@ class PerceptioProcessor(ProcessorMixin):
             offsets += [(start + a, start + b) for a, b in part_offsets]
             start += len(part)
         if not control.isdisjoint(ids):
-            raise ValueError(f"the tokenizer makes control tokens out of the plain text {piece!r:.200}: change the text")
+            raise ValueError(
+                f"the tokenizer makes control tokens out of the plain text {piece!r:.200}: change the text"
+            )
         return ids, offsets
 
     def _encode_text(self, text: str, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Without special tokens; unless `first`, as in the middle of a prompt, where no space is put before a word."""
+        """Without special tokens; unless `first`, as in the middle of a prompt: no space is put before a word."""
         options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
         alone = self.tokenizer("a", **options)["input_ids"]
         if first or self.tokenizer.encode(SEG_TOKEN + "a", add_special_tokens=False)[1:] == alone:
@@ -797,8 +843,8 @@ class PerceptioProcessor(ProcessorMixin):
         """What each generated sequence says, with its answer decoded.
 
         sequences: the output of `perceive`, or int[B, L].
-        prompt_length: columns of the prompt; taken from the output of `perceive`. None for bare ids reads the last turn of
-        the assistant, or all of a row in which none starts.
+        prompt_length: columns of the prompt; taken from the output of `perceive`. None for bare ids reads the last
+        turn of the assistant, or all of a row in which none starts.
         strict: raise `DepthSpanError` at the first sequence that is not well formed.
         """
         if getattr(sequences, "sequences", None) is not None:
@@ -870,7 +916,7 @@ class PerceptioProcessor(ProcessorMixin):
         logits = F.interpolate(logits[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
         binary = logits > math.log(threshold / (1 - threshold))
         mask = logits.sigmoid() if output_type == "probability" else binary
-        return PerceptioMask(_run_length(binary) if output_type == "rle" else mask, int(binary.sum()))
+        return PerceptioMask(run_length(binary) if output_type == "rle" else mask, int(binary.sum()))
 
     def post_process_depth(self, output, original_sizes=None) -> list[Tensor | None]:
         """One map float32[H, W] per sequence at the size of the shown picture; None where no depth was asked for.
@@ -889,17 +935,18 @@ class PerceptioProcessor(ProcessorMixin):
         return maps
 
     def _sizes_by_row(self, output, original_sizes) -> dict[int, tuple[int, int]]:
-        """Row of `sequences` → size of its picture.  Sizes are listed for prompts with exactly one picture, and several
-        sequences may belong to one prompt."""
+        """Row of `sequences` → size of its picture.  Sizes are listed for prompts with exactly one picture, and
+        several sequences may belong to one prompt."""
         start = self.tokenizer.convert_tokens_to_ids(START_IMAGE_TOKEN)
         counts = (output.sequences[:, : output.prompt_length] == start).sum(-1).tolist()
         rows = [row for row, count in enumerate(counts) if count == 1]
         found = output.original_sizes if original_sizes is None else original_sizes
         found = [] if found is None else found
-        if not len(found) or len(rows) % len(found):
+        brought = len(found) if output.original_sizes is None else len(output.original_sizes)
+        if not len(found) or len(found) != brought or len(rows) % len(found):
             raise ValueError(
-                f"`original_sizes` has {len(found)} rows for {len(rows)} sequences with one picture, expected one (height, "
-                "width) for each prompt with exactly one picture: pass on all that the processor returns"
+                f"`original_sizes` has {len(found)} rows for {len(rows)} sequences with one picture, expected one "
+                "(height, width) for each prompt with exactly one picture: pass on all that the processor returns"
             )
         copies = len(rows) // len(found)
         sizes = _check_sizes(found, len(found))
@@ -925,7 +972,7 @@ def _resize_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(depth[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
 
 
-def _run_length(binary: Tensor) -> dict:
+def run_length(binary: Tensor) -> dict:
     """COCO's compressed run lengths: {"size": [H, W], "counts": str}."""
     try:
         from pycocotools import mask as coco
@@ -943,7 +990,7 @@ def _unmarked_places(piece: str, start: int) -> list[int]:
 def _check_one_picture(owner: str, found: int) -> None:
     if found != 1:
         raise ValueError(
-            f'{owner} asks for perception and has {found} pictures, expected exactly one: pass one picture, or '
+            f"{owner} asks for perception and has {found} pictures, expected exactly one: pass one picture, or "
             'perception="none"'
         )
 
@@ -956,7 +1003,9 @@ def _count_pictures(chat: list[dict]) -> int:
 def _as_chats(conversation) -> tuple[list[list[dict]], bool]:
     """Checked copies of the conversations, and whether there were several."""
     if not isinstance(conversation, (list, tuple)) and not hasattr(conversation, "messages"):
-        raise ValueError(f"the conversation is {type(conversation).__name__}, expected a list of messages, or of such lists")
+        raise ValueError(
+            f"the conversation is {type(conversation).__name__}, expected a list of messages, or of such lists"
+        )
     batched = isinstance(conversation, (list, tuple)) and any(
         isinstance(chat, (list, tuple)) or hasattr(chat, "messages") for chat in conversation
     )

@@ -16,7 +16,7 @@ CHAT_TOKENS = (START_TURN_TOKEN, END_TURN_TOKEN, START_IMAGE_TOKEN, END_IMAGE_TO
 # Merges of a byte-level vocabulary; "Ġ" is a space.
 MERGES = (
     "t h", "th e", "Ġ the", "i n", "e r", "o n", "a n", "Ġ a", "Ġ i", "r e", "o r", "e n", "Ġ c", "Ġ w", "i s", "Ġi s",
-    "Ġ o", "Ġo f", "o u", "l e", "Ġ b", "l l", "Ġ l", "o s", "Ġ d", "Ġ p", "Ġ m", "u p", "Ġc up", "c h", "Ġw h", "i ch",
+    "Ġ o", "Ġo f", "o u", "l e", "Ġ b", "l l", "Ġ l", "o s", "Ġ d", "Ġ p", "Ġ m", "u p", "Ġc up", "c h", "Ġw h",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def _bytes_as_letters() -> list[str]:
 
 
 def tiny_tokenizer(family: str = "qwen2"):
-    """A working tokenizer with the tokens of chats and pictures, without perception tokens.  Any text goes through it."""
+    """A tokenizer with the tokens of chats and pictures, without those of perception.  Any text goes through it."""
     if family == "llama":
         tokenizer = _llama_tokenizer()
     elif family in ("qwen2", "qwen3"):

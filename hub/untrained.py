@@ -1,11 +1,14 @@
 """A complete Perceptio folder with random weights: it loads, it runs, and it knows nothing."""
 
+import argparse
+
 import torch
 from transformers import GenerationConfig
 
 from ..configuration_perceptio import PerceptioConfig
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import add_perception_tokens
+from .manifest import write_manifest
 from .tiny import tiny_config
 from .tiny_text import tiny_processor
 
@@ -29,6 +32,7 @@ def build_untrained(folder, family: str = "qwen2", seed: int = 0, grid_size: int
     model.generation_config = generation_defaults(config, tokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    write_manifest(folder)
 
 
 def generation_defaults(config: PerceptioConfig, tokenizer, answer_tokens: int = 512) -> GenerationConfig:
@@ -40,3 +44,16 @@ def generation_defaults(config: PerceptioConfig, tokenizer, answer_tokens: int =
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="folder to write")
+    parser.add_argument("--family", default="qwen2", choices=("qwen2", "llama", "qwen3"), help="text model")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    build_untrained(options.folder, options.family, options.seed, grid_size=10, num_codes=128)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+
 from perceptio.configuration_perceptio import AUTO_MAP, CUSTOM_PIPELINES, PerceptioConfig, PerceptioDepthConfig
 from perceptio.hub.tiny import tiny_config, tiny_mask_config
 

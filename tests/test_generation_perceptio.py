@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from perceptio.generation_perceptio import DepthSpanError, PerceptionGrammar, SpanGuard, opened_by, parse_span
 from perceptio.hub.tiny import tiny_config
 

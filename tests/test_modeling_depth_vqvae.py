@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from perceptio.configuration_perceptio import PerceptioDepthConfig
 from perceptio.modeling_depth_vqvae import DepthVQVAE, codebook_hash
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from perceptio.generation_perceptio import parse_span
 from perceptio.hub.tiny import tiny_config
 from perceptio.modeling_perceptio import PerceptioForConditionalGeneration
