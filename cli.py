@@ -1,0 +1,210 @@
+"""The command line.  Wrong input ends with one line and exit code 2; a traceback is a bug."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+MODES = ("seg+depth", "seg", "depth", "none")
+UNTRAINED = "This model is untrained: its weights are random, so mask, depth and answer mean nothing."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options) or 0
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        print(f"perceptio: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("perceptio: stopped", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perceptio",
+        description="A vision-language model that segments and estimates depth before it answers.",
+        epilog='Example: perceptio see photo.jpg "Which cup is closer?" --out result.png',
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_see(commands)
+    _add_doctor(commands)
+    _add_assemble(commands)
+    return parser
+
+
+def _add_assemble(commands) -> None:
+    from perceptio.hub import assemble
+
+    assemble.add_parser(commands)
+
+
+def _add_see(commands) -> None:
+    parser = commands.add_parser(
+        "see",
+        help="ask about a picture; get the answer, the mask and the depth map",
+        description="Ask about one picture. Prints the answer; --out writes one picture with the photo, the mask over "
+        "it and the depth map in colour. Depth is relative inverse depth: 1 is the nearest point of the picture.",
+        epilog='Example: perceptio see photo.jpg "Which cup is closer?" --out result.png',
+    )
+    parser.add_argument("image", metavar="IMAGE", help="path of the picture (PNG, JPEG, WEBP, BMP, TIFF, GIF)")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="model folder or Hub id (default: the embedded model)")
+    parser.add_argument("--perception", choices=MODES, default="seg+depth", help="what to see (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="write the result as one picture, e.g. result.png")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object, the mask as RLE")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="room for depth span and answer")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    parser.set_defaults(run=see)
+
+
+def _add_doctor(commands) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="print what a bug report needs; check a model folder",
+        description="Prints versions, device, image backend and attention kernels. With --verify, checks a model "
+        "folder against its manifest of checksums, its weight files, and for pickles.",
+        epilog="Example: perceptio doctor --verify checkpoints/perceptio-tiny",
+    )
+    parser.add_argument("--verify", metavar="DIR", help="model folder to check; exit code 1 when something is wrong")
+    parser.set_defaults(run=doctor)
+
+
+def see(options) -> int:
+    from perceptio import load_picture
+
+    picture = load_picture(options.image)  # before the model: a wrong path costs no waiting
+    if options.out is not None:
+        _check_target(Path(options.out))
+    pipe = _open_pipeline(options)
+    print("looking …", file=sys.stderr, flush=True)
+    result = pipe(
+        image=picture, text=options.question, perception=options.perception, max_new_tokens=options.max_new_tokens
+    )
+    untrained = bool(getattr(pipe.model.config, "untrained", False))
+    if options.json:
+        print(json.dumps(_as_json(result, untrained), ensure_ascii=False))
+    else:
+        _print_result(result, options.perception, untrained)
+    if options.out is not None:
+        _write_picture(picture, options, result, untrained)
+        print(f"wrote {options.out}", file=sys.stderr)
+    return 0
+
+
+def _check_target(path: Path) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {path} has no known picture ending: use .png or .jpg")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: the folder {path.parent} is not there")
+
+
+def _open_pipeline(options):
+    from transformers import pipeline
+
+    from perceptio import DEFAULT_MODEL, PerceptioForConditionalGeneration, PerceptioPipeline, PerceptioProcessor
+
+    name = options.model or str(DEFAULT_MODEL)
+    if options.model is None and not DEFAULT_MODEL.is_dir():
+        raise FileNotFoundError(
+            "no trained model comes with this version: pass --model DIR, or try the untrained demo with `make demo`"
+        )
+    device = _choose_device(options.device)
+    print(f"loading {name} …", file=sys.stderr, flush=True)
+    model = PerceptioForConditionalGeneration.from_pretrained(name, dtype="auto")
+    processor = PerceptioProcessor.from_pretrained(name)
+    return pipeline("perceptio", model=model, processor=processor, pipeline_class=PerceptioPipeline, device=device)
+
+
+def _choose_device(name: str):
+    import torch
+
+    if name == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: pass cpu, or auto for the fastest there is") from error
+    return device
+
+
+def _as_json(result: dict, untrained: bool) -> dict:
+    import numpy as np
+    import torch
+
+    from perceptio.processing_perceptio import run_length
+
+    masks = [dict(mask) for mask in result["masks"] or []]
+    for mask in masks:
+        if mask["mask"] is not None:
+            mask["mask"] = run_length(torch.from_numpy(np.asarray(mask["mask"]) > 0))
+    kept = {key: result[key] for key in ("generated_text", "score", "object_score", "depth_codes", "problems")}
+    return {**kept, "masks": masks, "untrained": untrained}
+
+
+def _print_result(result: dict, perception: str, untrained: bool) -> None:
+    if untrained:
+        print(UNTRAINED)
+    print(result["generated_text"] or "(no words)")
+    for number, mask in enumerate(result["masks"] or [], start=1):
+        there = f"object score {mask['object_score']:.2f}"
+        if mask["mask"] is None:
+            print(f"mask {number}: none, the thing does not seem to be there ({there})")
+        else:
+            print(f"mask {number}: {mask['area']} pixels, predicted IoU {mask['score']:.2f}, {there}")
+    for problem in result["problems"]:
+        print(f"problem: {problem}", file=sys.stderr)
+
+
+def _write_picture(picture, options, result: dict, untrained: bool) -> None:
+    from perceptio.drawing import draw_result
+
+    masks = None if result["masks"] is None else [mask["mask"] for mask in result["masks"]]
+    depth = None if result["predicted_depth"] is None else result["predicted_depth"].numpy()
+    notes = [UNTRAINED] if untrained else []
+    drawn = draw_result(picture, options.question, result["generated_text"], masks=masks, depth=depth, notes=notes)
+    drawn.save(options.out)
+
+
+def doctor(options) -> int:
+    if options.verify is not None:
+        return _verify(Path(options.verify))
+    from perceptio.doctor import report
+
+    lines = report()
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _verify(folder: Path) -> int:
+    from perceptio.files_perceptio import check_weight_files
+    from perceptio.hub.manifest import scan_pickles, verify_manifest
+
+    problems = [*verify_manifest(folder), *scan_pickles(folder)]
+    try:
+        check_weight_files(folder, expect_float=False)
+    except (ValueError, OSError) as error:
+        problems.append(_one_line(error))
+    for problem in problems:
+        print(problem)
+    print(f"{folder}: {len(problems)} problems" if problems else f"{folder}: every file is as it was written")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
