@@ -1,0 +1,53 @@
+# `make demo` and `make test` are all the set-up a fresh machine needs: both create .venv, install, and run.
+# TORCH chooses the build (the plain index may bring gigabytes of CUDA); PYTHON the interpreter.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := build/demo
+
+.PHONY: help demo test check bench gpu clean
+
+help:
+	@echo "make demo    install, and ask a question about a picture (with an untrained model until one is trained)"
+	@echo "make test    install, and run the tests (CPU, offline)"
+	@echo "make check   make test with the slow tests, after format and lint"
+	@echo "make bench   run every benchmark under bench/, results in bench/results/"
+	@echo "make gpu     what only a CUDA device can show, in resumable chunks"
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@echo "[1/3] virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/3] torch ($(TORCH)), unless one is there"
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@echo "[3/3] perceptio and its development tools"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	@mkdir -p $(DEMO)
+	@echo "building a small model with random weights: it runs like a real one and knows nothing"
+	@test -f $(DEMO)/model/manifest.json || $(BIN)/python -m perceptio.hub.untrained $(DEMO)/model
+	$(BIN)/perceptio see assets/cups.jpg "Which cup is closer?" --model $(DEMO)/model --max-new-tokens 140 --out $(DEMO)/result.png
+
+test: $(INSTALLED)
+	@echo "transformers' own common tests (fetched once)"
+	@if test -f tests/fetch_upstream.py; then $(BIN)/python tests/fetch_upstream.py; fi
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@if test -f tests/fetch_upstream.py; then $(BIN)/python tests/fetch_upstream.py; fi
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: $(INSTALLED)
+	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+gpu: $(INSTALLED)
+	$(BIN)/python bench/gpu.py
+
+clean:
+	rm -rf $(VENV) build .cache .pytest_cache .ruff_cache
