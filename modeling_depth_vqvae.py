@@ -86,6 +86,8 @@ class DepthVQVAE(PreTrainedModel):
     config: PerceptioDepthConfig
     base_model_prefix = "depth_model"
     main_input_name = "depth"
+    # It has no attention, so whatever kernel the whole model is asked to use suits it.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: PerceptioDepthConfig):
         super().__init__(config)

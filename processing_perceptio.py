@@ -415,6 +415,7 @@ class PerceptioProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = PerceptioProcessorKwargs
+    _origin: tuple[str, str | None] | None = None  # where it was loaded from: its code is there
 
     def __init__(
         self,
@@ -489,11 +490,19 @@ class PerceptioProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, **kwargs):
         """As in the library; the folder also gets the code that its entry for `AutoProcessor` names."""
         files = super().save_pretrained(save_directory, **kwargs)
-        copy_code(save_directory)
+        copy_code(save_directory, *(self._origin or ()))
         return files
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "PerceptioProcessor":
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor._origin = (str(pretrained_model_name_or_path), kwargs.get("revision"))
+        return processor
+
     def to_dict(self) -> dict:
-        return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+        values = {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+        values.pop("_origin", None)
+        return values
 
     # Into the model
 
