@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from perceptio import PerceptioForConditionalGeneration, PerceptioProcessor
 
-# Runs in a process of its own.  With "remote" the installed package cannot be imported: only the folder's code is there.
+# Runs in a process of its own.  With "remote" the package cannot be imported: only the folder's code is there.
 CHILD = """
 import importlib.abc, json, sys
 import torch
@@ -33,7 +33,8 @@ trust = {"trust_remote_code": way == "remote"}
 model = AutoModel.from_pretrained(folder, **trust).eval()
 processor = AutoProcessor.from_pretrained(folder, **trust)
 assert type(model).__module__.startswith("perceptio." if way == "installed" else "transformers_modules.")
-chat = [{"role": "user", "content": [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": "What?"}]}]
+parts = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": "What?"}]
+chat = [{"role": "user", "content": parts}]
 inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
                                        return_tensors="pt")
 output = model.perceive(**inputs, max_new_tokens=16)

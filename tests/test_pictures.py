@@ -1,4 +1,4 @@
-"""Pictures: seen as a person sees them, whatever holds them; refused by name where they are none, before they cost memory."""
+"""Pictures: seen as a person sees them, whatever holds them; what is none is refused by name, and costs no memory."""
 
 import base64
 import io
@@ -33,8 +33,8 @@ def first_row(source) -> list[int]:
     return np.asarray(load_picture(source))[0, :, 0].tolist()
 
 
-@pytest.mark.parametrize("way", ["path", "Path", "bytes", "bytearray", "base64", "data", "file", "PIL", "HWC", "CHW", "torch",
-                                 "torch CHW", "float"])  # fmt: skip
+@pytest.mark.parametrize("way", ["path", "Path", "bytes", "bytearray", "base64", "data", "file", "PIL", "HWC", "CHW",
+                                 "torch", "torch CHW", "float"])  # fmt: skip
 def test_one_picture_is_the_same_however_it_is_handed_over(way, tmp_path):
     path = tmp_path / "a photo, ünïcödé.png"
     path.write_bytes(PNG)
@@ -141,8 +141,8 @@ def test_floats_from_0_to_1_are_scaled():
         (np.zeros((0, 9, 3), np.uint8), ["0"]),
         (np.array([["a"]]), ["type"]),
     ],
-    ids=["0 to 255 as float", "NaN", "infinite", "negative", "whole beyond 255", "3 x H x 3", "two channels", "five axes",
-         "empty", "text"],
+    ids=["0 to 255 as float", "NaN", "infinite", "negative", "whole beyond 255", "3 x H x 3", "two channels",
+         "five axes", "empty", "text"],
 )  # fmt: skip
 def test_an_ambiguous_array_is_refused_and_told_what_was_found(array, words):
     with pytest.raises(PictureError) as caught:
@@ -217,8 +217,10 @@ def test_only_regular_files_are_opened(tmp_path):
             load_picture(path)
 
 
-@pytest.mark.parametrize("source", ["/no/such.png", "x" * 300 + ".png", "a\0b.png", "A" * 64, "data:text/html,<b>", None, 3,
-                                    "file:///etc/passwd"])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    ["/no/such.png", "x" * 300 + ".png", "a\0b.png", "A" * 64, "data:text/html,<b>", None, 3, "file:///etc/passwd"],
+)
 def test_other_sources_get_one_clear_error(source):
     with pytest.raises(PictureError):
         load_picture(source)
