@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from perceptio import PerceptioForConditionalGeneration, PerceptioProcessor
+from perceptio.hub.tiny import tiny_config
 
 # Runs in a process of its own.  With "remote" the package cannot be imported: only the folder's code is there.
 CHILD = """
@@ -198,6 +199,26 @@ def test_weight_only_quantization_reaches_the_language_model_alone(tiny_folder, 
     quantized = {name for name, kind in kinds.items() if kind not in ("Tensor", "Parameter")}
     assert quantized and all(name.startswith("model.language_model.") for name in quantized)
     output = model.perceive(**inputs_of(tiny_folder(), picture), max_new_tokens=14)
+    assert torch.isfinite(output.mask_logits).all() and output.depth.shape == (1, 24, 24)
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_bitsandbytes_reaches_the_language_model_alone(bits, tmp_path):
+    """At width 128: 4-bit blocks of 64 do not fit the matrices of the smallest model."""
+    pytest.importorskip("bitsandbytes")
+    text = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    config = tiny_config(text_config=AutoConfig.for_model("qwen2", **text))
+    PerceptioForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=transformers.BitsAndBytesConfig(**{bits: True}))
+    kinds = {name: type(parameter).__name__ for name, parameter in model.named_parameters()}
+    quantized = {name for name, kind in kinds.items() if kind in ("Int8Params", "Params4bit")}
+    assert len(quantized) == 14 and all(name.startswith("model.language_model.layers.") for name in quantized)
+    ids = torch.tensor([[5, 6, config.seg_token_id, config.depth_start_token_id]])
+    output = model.perceive(
+        input_ids=ids, attention_mask=torch.ones_like(ids), sam_pixel_values=torch.zeros(1, 3, 64, 64),
+        max_new_tokens=14, pad_token_id=0,
+    )  # fmt: skip
     assert torch.isfinite(output.mask_logits).all() and output.depth.shape == (1, 24, 24)
 
 

@@ -131,7 +131,7 @@ def test_two_pictures_work_without_perception_and_are_refused_with(see, picture)
         (lambda see, photo: see(), "nothing was asked"),
         (lambda see, photo: see({"image": photo, "question": "What?"}), "expected `text`"),
         (lambda see, photo: see(image="http://127.0.0.1/x.png", text="What?"), "allow_urls"),
-        (lambda see, photo: see([{"text": "a"}, {"image": "gone.png", "text": "b"}], max_new_tokens=4), "input 1.*gone"),
+        (lambda see, photo: see([{"text": "a"}, {"image": "no.png", "text": "b"}], max_new_tokens=4), "input 1.*no.png"),
         (lambda see, photo: see(image=[photo, photo], text=["a"]), "2 pictures and 1 texts"),
         (lambda see, photo: see(image=photo, text="What?", max_new_tokens=3), "max_new_tokens"),
         (lambda see, photo: see([{"role": "user", "content": [{"type": "image"}]}]), "expected one of image"),
@@ -162,7 +162,7 @@ def test_a_model_and_a_processor_of_different_folders_are_refused(see):
 
 
 def test_the_librarys_own_task_gives_a_structured_message(see, picture):
-    """With a response template the library parses the answer; with return_full_text=False it hands out the raw text."""
+    """With a response template the library parses the answer; return_full_text=False hands out the raw text."""
     itt = pipeline("image-text-to-text", model=see.model, processor=see.processor)
     chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
     message = itt(text=chat, max_new_tokens=14)[0]["generated_text"][-1]
