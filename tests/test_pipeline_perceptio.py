@@ -131,7 +131,7 @@ def test_two_pictures_work_without_perception_and_are_refused_with(see, picture)
         (lambda see, photo: see(), "nothing was asked"),
         (lambda see, photo: see({"image": photo, "question": "What?"}), "expected `text`"),
         (lambda see, photo: see(image="http://127.0.0.1/x.png", text="What?"), "allow_urls"),
-        (lambda see, photo: see([{"text": "a"}, {"image": "no.png", "text": "b"}], max_new_tokens=4), "input 1.*no.png"),
+        (lambda see, photo: see([{"text": "a"}, {"image": "no.png", "text": "b"}], max_new_tokens=4), "input 1.*no"),
         (lambda see, photo: see(image=[photo, photo], text=["a"]), "2 pictures and 1 texts"),
         (lambda see, photo: see(image=photo, text="What?", max_new_tokens=3), "max_new_tokens"),
         (lambda see, photo: see([{"role": "user", "content": [{"type": "image"}]}]), "expected one of image"),
