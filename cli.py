@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ UNTRAINED = "This model is untrained: its weights are random, so mask, depth and
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # an answer may hold what the terminal's encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
@@ -85,20 +89,28 @@ def see(options) -> int:
     picture = load_picture(options.image)  # before the model: a wrong path costs no waiting
     if options.out is not None:
         _check_target(Path(options.out))
+    question = _whole_text(options.question)
     pipe = _open_pipeline(options)
     print("looking …", file=sys.stderr, flush=True)
-    result = pipe(
-        image=picture, text=options.question, perception=options.perception, max_new_tokens=options.max_new_tokens
-    )
+    result = pipe(image=picture, text=question, perception=options.perception, max_new_tokens=options.max_new_tokens)
     untrained = bool(getattr(pipe.model.config, "untrained", False))
     if options.json:
         print(json.dumps(_as_json(result, untrained), ensure_ascii=False))
     else:
         _print_result(result, options.perception, untrained)
     if options.out is not None:
-        _write_picture(picture, options, result, untrained)
+        _write_picture(picture, question, options.out, result, untrained)
         print(f"wrote {options.out}", file=sys.stderr)
     return 0
+
+
+def _whole_text(argument: str) -> str:
+    """The argument as UTF-8, also where the locale is another: Python then hands over its bytes one by one."""
+    try:
+        argument.encode("utf-8")
+        return argument
+    except UnicodeEncodeError:
+        return os.fsencode(argument).decode("utf-8", errors="replace")
 
 
 def _check_target(path: Path) -> None:
@@ -169,14 +181,14 @@ def _print_result(result: dict, perception: str, untrained: bool) -> None:
         print(f"problem: {problem}", file=sys.stderr)
 
 
-def _write_picture(picture, options, result: dict, untrained: bool) -> None:
+def _write_picture(picture, question: str, path: str, result: dict, untrained: bool) -> None:
     from perceptio.drawing import draw_result
 
     masks = None if result["masks"] is None else [mask["mask"] for mask in result["masks"]]
     depth = None if result["predicted_depth"] is None else result["predicted_depth"].numpy()
     notes = [UNTRAINED] if untrained else []
-    drawn = draw_result(picture, options.question, result["generated_text"], masks=masks, depth=depth, notes=notes)
-    drawn.save(options.out)
+    drawn = draw_result(picture, question, result["generated_text"], masks=masks, depth=depth, notes=notes)
+    drawn.save(path)
 
 
 def doctor(options) -> int:
