@@ -18,7 +18,8 @@ from transformers import (
     LogitsProcessorList,
     Sam2Model,
 )
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 
 from .configuration_perceptio import PerceptioConfig
 from .files_perceptio import check_weight_files, copy_code
@@ -276,7 +277,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> PerceptioCausalLMOutput | tuple:
         """The language side alone: what a decoding step needs, at InternVL's cost.
 
@@ -326,8 +327,10 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         processors = super()._get_logits_processor(
             generation_config, input_ids_seq_length=input_ids_seq_length, encoder_input_ids=encoder_input_ids, **kwargs
         )
-        if encoder_input_ids is None or encoder_input_ids.ndim != 2 or encoder_input_ids.is_floating_point():
+        if encoder_input_ids is None:
             return processors
+        if encoder_input_ids.is_floating_point():  # embeddings: no opening can be read off them, so plain text follows
+            encoder_input_ids = encoder_input_ids.new_zeros(len(encoder_input_ids), 0, dtype=torch.long)
         grammar = PerceptionGrammar(self.config, encoder_input_ids, max_length=generation_config.max_length)
         if generation_config.max_length is not None and input_ids_seq_length is not None:
             room = generation_config.max_length - input_ids_seq_length
@@ -339,10 +342,13 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
                 )
         return LogitsProcessorList([grammar, *processors, *([SpanGuard(grammar)] if grammar.needed() else [])])
 
-    def prepare_inputs_for_generation(self, input_ids, *args, seg_states: SegStates | None = None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds: Tensor | None = None, seg_states: SegStates | None = None, **kwargs
+    ):
+        """`inputs_embeds` is named because `generate` refuses embeddings unless it is."""
         if seg_states is not None:
             seg_states.note(input_ids)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         if model_kwargs.get("seg_states") is not None:

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AddedToken, BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import get_json_schema
 
@@ -506,7 +507,9 @@ class PerceptioProcessor(ProcessorMixin):
 
     # Into the model
 
-    def __call__(self, images=None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs
+    ) -> BatchFeature:
         """Rendered prompts and their pictures → what `generate` and `perceive` take.
 
         text: one prompt or several, as `apply_chat_template(tokenize=False)` writes them: each `<IMG_CONTEXT>` in it
@@ -666,7 +669,7 @@ class PerceptioProcessor(ProcessorMixin):
         if sanitize_control_tokens:
             chats = [[self._escape_message(message) for message in chat] for chat in chats]
             tools, documents = self._escape(tools), self._escape(documents)
-            kwargs = {k: v if k == "processor_kwargs" else self._escape(v) for k, v in kwargs.items()}
+            kwargs = {k: v if k in ("processor_kwargs", "image_token") else self._escape(v) for k, v in kwargs.items()}
         opens = kwargs.get("add_generation_prompt", False)
         for index, (chat, mode) in enumerate(zip(chats, modes, strict=True)):
             if mode is not None:

@@ -293,3 +293,13 @@ def test_half_precision_runs_and_gives_finite_masks_and_depth(dtype):
     output = perceive(model, make_batch("seg+depth").inputs, eos_token_id=EOS, pad_token_id=PAD)
     assert output.mask_logits.dtype == output.depth.dtype == torch.float32
     assert torch.isfinite(output.mask_logits).all() and torch.isfinite(output.depth).all()
+
+
+def test_embeddings_as_a_prompt_give_plain_text(model):
+    """No opening can be read off embeddings, so no perception token may follow, sampled or not."""
+    inputs = make_batch("none").inputs
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    torch.manual_seed(0)
+    ids = model.generate(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], max_new_tokens=40,
+                         do_sample=True, temperature=100.0, eos_token_id=None)  # fmt: skip
+    assert ids.shape == (1, 40) and not (ids >= CONFIG.image_token_id).any()
