@@ -277,12 +277,15 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         return_dict: bool | None = None,
+        sam_pixel_values: Tensor | None = None,
+        original_sizes: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PerceptioCausalLMOutput | tuple:
         """The language side alone: what a decoding step needs, at InternVL's cost.
 
         pixel_values: float[T, 3, H, W], all tiles of the batch in the order of their placeholders.
         labels: int[B, L], -100 where nothing is to be learned.
+        sam_pixel_values, original_sizes: taken, so that all the processor's output can be passed, and not used here.
         """
         if mm_encoder_outputs is not None:
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs

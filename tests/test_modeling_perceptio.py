@@ -261,6 +261,14 @@ def test_generate_takes_everything_the_processor_returns(model):
     assert torch.equal(ids, perceive(model, inputs, max_new_tokens=12).sequences)
 
 
+def test_forward_takes_everything_the_processor_returns(model):
+    inputs = make_batch("seg+depth").inputs
+    output = model(**inputs, original_sizes=torch.tensor([[5, 7]]), labels=inputs["input_ids"])
+    plain = model(**{k: v for k, v in inputs.items() if k != "sam_pixel_values"}, labels=inputs["input_ids"])
+    assert torch.equal(output.logits, plain.logits) and output.loss == plain.loss
+    assert output.last_hidden_state.shape == (1, inputs["input_ids"].shape[1], 32)
+
+
 def test_nan_weights_name_the_step(model):
     head = model.lm_head.weight
     with torch.no_grad():
