@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 
 class DepthSpanError(ValueError):
@@ -187,6 +187,13 @@ class PerceptionGrammar(LogitsProcessor):
             )
 
 
+class GrammarAlone(LogitsProcessorList):
+    """A list with nothing but the grammar.  The library's own looks up the signature of each member at every token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        return self[0](input_ids, scores)
+
+
 class SpanGuard(LogitsProcessor):
     """Runs after every other processor.  A penalty or a filter may leave no legal token inside a span (eight codes and
     a ban on repeated n-grams, say); there the grammar wins, and its legal ids get equal scores."""
@@ -204,4 +211,12 @@ class SpanGuard(LogitsProcessor):
         return scores
 
 
-__all__ = ["DepthSpanError", "PerceptionGrammar", "PerceptionSpan", "SpanGuard", "opened_by", "parse_span"]
+__all__ = [
+    "DepthSpanError",
+    "GrammarAlone",
+    "PerceptionGrammar",
+    "PerceptionSpan",
+    "SpanGuard",
+    "opened_by",
+    "parse_span",
+]

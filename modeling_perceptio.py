@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 
 from .configuration_perceptio import PerceptioConfig
 from .files_perceptio import check_weight_files, copy_code
-from .generation_perceptio import PerceptionGrammar, SpanGuard, opened_by, parse_span
+from .generation_perceptio import GrammarAlone, PerceptionGrammar, SpanGuard, opened_by, parse_span
 from .modeling_depth_vqvae import DepthVQVAE
 
 # Weight-only quantization is for the language model; masks and depth lose more by it than memory gains.
@@ -343,6 +343,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
                     f"the answer comes after it: pass at least max_new_tokens={grammar.needed() + 1}, or perception="
                     '"none"'
                 )
+        if not processors:
+            return GrammarAlone([grammar])
         return LogitsProcessorList([grammar, *processors, *([SpanGuard(grammar)] if grammar.needed() else [])])
 
     def prepare_inputs_for_generation(
