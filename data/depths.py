@@ -32,7 +32,7 @@ def encode_depth(depth: np.ndarray) -> bytes:
     values = np.zeros(depth.shape, np.uint16)
     values[valid] = np.rint(depth[valid] * TOP).astype(np.uint16) + 1
     file = BytesIO()
-    Image.fromarray(values).save(file, "PNG", compress_level=2)
+    Image.fromarray(values).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
