@@ -42,14 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_see(commands)
     _add_doctor(commands)
-    _add_assemble(commands)
+    _add_others(commands)
     return parser
 
 
-def _add_assemble(commands) -> None:
+def _add_others(commands) -> None:
     from perceptio.hub import assemble
+    from perceptio.world import command as world
 
-    assemble.add_parser(commands)
+    for module in (assemble, world):
+        module.add_parser(commands)
 
 
 def _add_see(commands) -> None:
