@@ -47,10 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_others(commands) -> None:
+    from perceptio.data import command as data
     from perceptio.hub import assemble
     from perceptio.world import command as world
 
-    for module in (assemble, world):
+    for module in (assemble, data, world):
         module.add_parser(commands)
 
 
