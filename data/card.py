@@ -155,7 +155,8 @@ def _dropped(splits: dict) -> str:
     for name, entry in splits.items():
         tally = entry["tally"]
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally["dropped"].items()) or "none dropped"
-        lines.append(f"- {name}: {tally['kept']:,} kept of {tally['read']:,} read ({reasons})")
+        read = f"{tally['read']:,} {tally.get('unit', 'rows')} read"
+        lines.append(f"- {name}: {tally['kept']:,} kept of {read} ({reasons})")
     return "\n".join(lines)
 
 

@@ -60,6 +60,11 @@ def open_data(
             tally.drop(found.problems[0].field.partition("[")[0], str(found.problems[0]))
 
 
+def read_own(root, *, tally, split: str | None = None) -> Iterator[dict]:
+    """A person's folder as the source of a recipe: what cannot be used is counted."""
+    yield from open_data(root, split=split, on_problem="skip", tally=tally)
+
+
 def row_jobs(
     spec,
     *,

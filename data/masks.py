@@ -110,7 +110,7 @@ def rle_from_coco(segmentation, size: tuple[int, int]) -> dict:
 
 
 def _from_counts(counts, found_size, size: tuple[int, int]) -> dict:
-    if tuple(found_size or ()) != tuple(size):
+    if not isinstance(found_size, (list, tuple)) or tuple(found_size) != tuple(size):
         raise MaskError(f"the mask has size {found_size!r:.80}, expected the picture's {list(size)} (height, width)")
     if any(not isinstance(run, int) or isinstance(run, bool) or run < 0 for run in counts):
         wrong = next(run for run in counts if not isinstance(run, int) or isinstance(run, bool) or run < 0)

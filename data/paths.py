@@ -18,6 +18,10 @@ class PathError(ValueError):
         return f"{self.found}; expected {self.expected}: {self.remedy}"
 
 
+class OutsideError(PathError):
+    """A name that leads out of the folder."""
+
+
 def locate(root: Path, name) -> Path:
     """The regular file `name` below `root`; anything that leads elsewhere or is no plain file raises `PathError`."""
     inside = f"a file below {root}"
@@ -29,14 +33,15 @@ def locate(root: Path, name) -> Path:
             f"{name!r:.120}, which is no relative path", inside, "put the file there, and name it from there"
         )
     if ".." in windows.parts:  # knows both separators
-        raise PathError(f"{name!r:.120}, which leads out with '..'", inside, "put the file there")
+        raise OutsideError(f"{name!r:.120}, which leads out with '..'", inside, "put the file there")
     path = root / name
     try:
         kind = path.stat().st_mode
-    except OSError as error:
-        raise PathError(f"{name!r:.120}: {error.strerror}", inside, _nearest(path)) from error
+    except (OSError, ValueError) as error:  # ValueError: half a surrogate pair
+        found = getattr(error, "strerror", None) or "no file name"
+        raise PathError(f"{name!r:.120}: {found}", inside, _nearest(path)) from error
     if not path.resolve().is_relative_to(root.resolve()):
-        raise PathError(f"{name!r:.120}, a link to elsewhere", inside, "copy the file there")
+        raise OutsideError(f"{name!r:.120}, a link to elsewhere", inside, "copy the file there")
     if not stat.S_ISREG(kind):
         raise PathError(f"{name!r:.120}, which is a folder, device or pipe", "a file", "name a file")
     size = path.stat().st_size
@@ -60,7 +65,7 @@ def _nearest(path: Path) -> str:
     """A remedy that names a file which differs in case or ending alone."""
     try:
         names = [entry.name for entry in os.scandir(path.parent)][:10_000]
-    except OSError:
+    except (OSError, ValueError):
         return "check the name and the folder"
     alike = [name for name in names if name.lower() == path.name.lower() or Path(name).stem == path.stem]
     return f"did you mean {alike[0]!r}?" if alike else "check the name"

@@ -47,19 +47,6 @@ PHRASE_SENTENCES = (
     "What is marked here is {}.",
     "In this place you can see {}.",
 )
-DEPTH_QUESTIONS = (
-    "How far away are the parts of this scene? Give the depth map.",
-    "Estimate the depth of this picture.",
-    "Which parts of the picture are near, and which are far? Answer with its depth.",
-    "Work out the depth of everything in view.",
-    "Please give the depth map of this image.",
-)
-DEPTH_ANSWERS = (
-    "This is the relative depth of the whole picture.",
-    "The depth map covers the whole scene, from its nearest point to its farthest.",
-    "Here is how near each part of the picture is, relative to the others.",
-    "That is the depth of the scene.",
-)
 
 CONTROL_TOKEN = re.compile(r"\[SEG\]|<d_(?:start|end|\d+)>|<\|im_(?:start|end)\|>|</?img>|<IMG_CONTEXT>|<image>")
 

@@ -106,6 +106,7 @@ def test_polygons_in_either_direction_and_beyond_the_edge_fill_the_same_pixels()
         ({"size": [12, 10], "counts": [5, -1, 116]}, "at least 0"),
         ({"size": [12, 10], "counts": [5, 1]}, "cover 6 pixels"),
         ({"size": [10, 12], "counts": [120]}, "expected the picture's"),
+        ({"size": 5, "counts": [120]}, "expected the picture's"),
         ({"counts": "0"}, "size of the mask"),
     ],
 )

@@ -1,6 +1,7 @@
 """Published data sets → records.  One module per data set; each reader yields records and counts what it drops."""
 
 READERS = {
+    "own": "..load:read_own",
     "refer": ".refer:read_refer",
     "refcoco-parquet": ".refcoco_parquet:read_refcoco_parquet",
     "grefcoco": ".grefcoco:read_grefcoco",

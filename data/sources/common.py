@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..masks import MaskError, rle_from_coco, transpose
-from ..record import DataError, Problem, stored_size
+from ..paths import OutsideError, PathError, read_file
+from ..record import stored_size
 from ..tally import Tally
 from ..validate import check_record
 
@@ -16,14 +17,6 @@ class Unusable(Exception):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
-
-
-def confined(root: str | Path, name: str) -> Path:
-    """The path of `name` below `root`; raises `DataError` when it leads elsewhere, by `..`, a root or a link."""
-    root, path = Path(root).resolve(), Path(root, name).resolve()
-    if not path.is_relative_to(root):
-        raise DataError(Problem(str(root), None, "path", f"{name!r:.200}", "a path below this folder", "take it out"))
-    return path
 
 
 def convert_rows(
@@ -64,12 +57,11 @@ def read_picture(root: Path, name) -> dict:
     if not isinstance(name, str) or not name:
         raise Unusable("no name of a picture", f"{name!r:.80}")
     try:
-        path = confined(root, name)
-        return {"bytes": path.read_bytes(), "path": path.name}
-    except DataError as error:
+        return {"bytes": read_file(Path(root), name), "path": Path(name).name}
+    except OutsideError as error:
         raise Unusable("path outside the folder", str(error)) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise Unusable("picture missing", name) from error
+    except PathError as error:
+        raise Unusable("picture missing", str(error)) from error
 
 
 def stored_frame(image: dict) -> tuple[tuple[int, int], int]:
