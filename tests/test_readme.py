@@ -30,26 +30,24 @@ def workplace(tmp_path_factory):
 
 
 def test_the_examples_run_in_order_and_print_what_the_readme_says(workplace):
-    examples = blocks("python")
-    assert len(examples) == 2
-    first = run([sys.executable, "-c", examples[0]], workplace)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == blocks("text")[0]
-    second = run([sys.executable, "-c", examples[1]], workplace)
-    assert second.returncode == 0, second.stderr
-
-
-def test_the_commands_run(workplace, tiny_folder):
-    from perceptio.hub.untrained import build_untrained
-
-    build_untrained(workplace / "build" / "untrained")
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("perceptio ")]
-    assert len(commands) == 4
-    for command in commands:
-        words = re.findall(r'"[^"]*"|\S+', command)[1:]
-        done = run([sys.executable, "-m", "perceptio", *(word.strip('"') for word in words)], workplace)
-        assert done.returncode == 0, (command, done.stderr)
-    assert (workplace / "build" / "result.png").stat().st_size > 10_000
+    """Python and commands in the order in which a reader meets them."""
+    steps = re.findall(r"```(python|bash)\n(.*?)```", README, flags=re.DOTALL)
+    assert [kind for kind, _ in steps].count("python") == 4
+    outputs, commands = [], 0
+    for kind, text in steps:
+        if kind == "python":
+            done = run([sys.executable, "-c", text], workplace)
+            assert done.returncode == 0, done.stderr
+            outputs.append(done.stdout)
+            continue
+        for command in (line for line in text.splitlines() if line.startswith("perceptio ")):
+            words = re.findall(r'"[^"]*"|\S+', command)[1:]
+            done = run([sys.executable, "-m", "perceptio", *(word.strip('"') for word in words)], workplace)
+            assert done.returncode == 0, (command, done.stderr)
+            commands += 1
+    assert outputs[0] == blocks("text")[0] and commands == 9
+    for name, least in (("result.png", 10_000), ("mine.html", 20_000), ("sheet.png", 10_000)):
+        assert (workplace / "build" / name).stat().st_size > least
 
 
 def test_the_figures_come_from_their_file():

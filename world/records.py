@@ -20,6 +20,7 @@ from .scene import sample_scene
 SPLITS = ("train", "validation", "test", "points3", "points4", "points5", "lure", "refer", "absent")
 POINTS = {"points3": 3, "points4": 4, "points5": 5}
 LICENCE = "CC0-1.0"
+WORTH_WORKERS = 32  # scenes; below, starting processes takes longer than rendering
 LONGEST_SEARCH = 60  # scenes that are tried for one question before giving up
 
 
@@ -142,7 +143,7 @@ def world_records(
     options = options or WorldOptions()
     tasks = [(index, seed, split, options) for index in range(first, first + count)]
     workers = (os.cpu_count() or 1) if workers is None else workers
-    if workers == 0 or count < 2:
+    if workers == 0 or count < WORTH_WORKERS:
         for task in tasks:
             yield from scene_records(*task)
         return
