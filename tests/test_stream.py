@@ -1,4 +1,5 @@
 import shutil
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -277,6 +278,7 @@ def test_a_file_that_ends_early_is_named(folder, tmp_path):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_data():
     """Fresh processes that stream 1 and 8 times as many records; about 20 s."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
     from bench_stream import measure
 
     small, large = measure(200), measure(1600)
