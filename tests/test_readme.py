@@ -29,6 +29,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
+@pytest.mark.timeout(400)
 def test_the_examples_run_in_order_and_print_what_the_readme_says(workplace):
     """Python and commands in the order in which a reader meets them."""
     steps = re.findall(r"```(python|bash)\n(.*?)```", README, flags=re.DOTALL)

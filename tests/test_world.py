@@ -33,12 +33,12 @@ GREY = to_linear([0.6, 0.6, 0.6])
 @pytest.mark.parametrize("noun", NOUNS)
 def test_every_thing_stands_on_the_ground_at_unit_size(noun):
     for variant in range(VARIANTS):
-        for coarse in (False, True):
-            shape = mesh(noun, variant, coarse)
+        for fineness in (1.0, 0.7, 0.5):
+            shape = mesh(noun, variant, fineness)
             assert abs(shape.vertices[:, 1].min()) < 1e-5 and abs(shape.size.max() - 1) < 1e-5
             assert np.allclose(np.linalg.norm(shape.normals, axis=-1), 1, atol=1e-4)
-        assert len(mesh(noun, variant, True).faces) <= len(mesh(noun, variant).faces)
-        assert np.abs(mesh(noun, variant, True).size - mesh(noun, variant).size).max() < 0.12
+        assert len(mesh(noun, variant, 0.5).faces) <= len(mesh(noun, variant).faces)
+        assert np.abs(mesh(noun, variant, 0.5).size - mesh(noun, variant).size).max() < 0.12
 
 
 @pytest.mark.parametrize("name", FILLERS)

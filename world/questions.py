@@ -5,9 +5,11 @@ neighbouring colour, or almost as far away.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
+from ..data.depths import encode_depth
 from . import phrases
 from .marks import LETTERS, QUESTION, choose_points, discs, draw_points
 from .phrases import APART, by_attributes, by_neighbour, by_place, in_front, may_fit, plural, same_kind, with_article
@@ -55,6 +57,10 @@ class Asker:
         self.clear = [view for view in self.found if view.clear]
         self.shape = scene.rendering.depth.shape
         self.inverse = inverse_depth(scene)
+
+    @cached_property
+    def depth_png(self) -> bytes:
+        return encode_depth(self.inverse)
 
     def ask(self, kind: str) -> Question | None:
         """A question of that kind, or None when the scene has none."""

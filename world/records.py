@@ -10,7 +10,6 @@ from multiprocessing import get_context
 import numpy as np
 from PIL import Image
 
-from ..data.depths import encode_depth
 from ..data.masks import encode_mask
 from ..data.record import assistant, make_record, user
 from .questions import KINDS, Asker, Question
@@ -116,7 +115,7 @@ def _record(asker: Asker, rng, name: str, split: str, questions: list[Question],
         image={"bytes": _as_jpeg(image, rng), "path": f"{name}.jpg"},
         messages=messages,
         masks=masks,
-        depth={"bytes": encode_depth(asker.inverse), "path": f"{name}.png"},
+        depth={"bytes": asker.depth_png, "path": f"{name}.png"},
         source="world",
         licence=LICENCE,
         split=split,

@@ -154,8 +154,7 @@ class Rendering:
 
 def render(geometry: Geometry, camera: Camera, setting: Setting, rng) -> Rendering:
     height, width = shape = (camera.height, camera.width)
-    y, x = np.mgrid[0:height, 0:width].reshape(2, -1).astype(np.float32) + np.float32(0.5)
-    first = _Hits(geometry, camera, x, y)
+    first = _Hits(geometry, camera, *_centres(height, width))
     light = _Lighting(geometry, setting, rng)
     openness = light.openness(first, shape)
     colour = light.colour(first, openness, shape)
@@ -168,6 +167,13 @@ def render(geometry: Geometry, camera: Camera, setting: Setting, rng) -> Renderi
         beside += np.take(colour, rows + width * (row < height - 1), 1)
         colour[:, rows] = np.take(colour, rows, 1) * np.float32(0.6) + beside * np.float32(0.1)
     return Rendering(_develop(colour.reshape(3, *shape), setting, rng), first.depth.reshape(shape), piece_map)
+
+
+@lru_cache(maxsize=4)
+def _centres(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """x, y of every pixel's centre, row by row."""
+    y, x = np.mgrid[0:height, 0:width].reshape(2, -1).astype(np.float32) + np.float32(0.5)
+    return x, y
 
 
 def _edges(piece: np.ndarray) -> np.ndarray:
@@ -227,9 +233,7 @@ class _Hits:
         self.normal = _towards(_unit(corner[:3] + corner[3:6] + corner[6:]), self.ahead)
         self.points = self.ahead * self.distance
         self.points += np.float32(camera.position)[:, None]
-        flat = _towards(np.ascontiguousarray(np.take(hit["Ng"], rows, 0).T), self.ahead)
-        flat *= (np.float32(1e-3) + np.float32(3e-4) * self.distance) / np.sqrt(_dot(flat, flat) + np.float32(1e-30))
-        self.lifted = self.points + flat
+        self.lifted = self.points + self.normal * (np.float32(1e-3) + np.float32(4e-4) * self.distance)
 
 
 def _towards(normal, directions):

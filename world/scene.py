@@ -38,7 +38,7 @@ class Scene:
 
 
 LEAST_THINGS, PATIENCE = 4, 12
-COARSE = 45  # pixels below which a thing needs few triangles
+FINENESS = ((45, 0.5), (110, 0.7))  # the fewer pixels a thing has, the fewer triangles it needs
 WARM, COOL = np.float32([1.0, 0.86, 0.68]), np.float32([0.82, 0.92, 1.0])
 
 
@@ -96,7 +96,7 @@ class Stage:
             turn=rng.choice([0.0, 0.0, np.pi / 2, 0.6]) if kind != "bricks" else 0.0,
             grain=rng.uniform(0.05, 0.4),
             grain_scale=rng.uniform(0.3, 3),
-            gloss=gloss * rng.random(),
+            gloss=gloss * rng.random() if rng.random() < 0.3 else 0.0,
             noise=int(rng.integers(5)),
         )
 
@@ -123,7 +123,8 @@ class Stage:
         noun = noun or self.nouns[rng.integers(len(self.nouns))]
         at = np.array(at, np.float64)
         pixels = size / max(np.linalg.norm(at - self.eye), 1e-3) * max(self.width, self.height) / self.fov
-        shape = mesh(noun, int(rng.integers(VARIANTS)), bool(pixels < COARSE))
+        fineness = next((level for limit, level in FINENESS if pixels < limit), 1.0)
+        shape = mesh(noun, int(rng.integers(VARIANTS)), fineness)
         radius = float(np.hypot(shape.size[0], shape.size[2]) / 2 * size)
         height = float(shape.size[1] * size)
         near = np.hypot(*(self.eye - at)[[0, 2]]) - radius

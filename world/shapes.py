@@ -87,7 +87,7 @@ def box(width=1.0, height=1.0, depth=1.0, at=(0, 0, 0)):
     return v, [t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))]
 
 
-# Halved while a coarse mesh is built, for things that are small in the picture.
+# Below 1 while a coarse mesh is built, for things that are small in the picture.
 _fineness = 1.0
 
 
@@ -465,11 +465,11 @@ NATURAL = {
 
 
 @cache
-def mesh(noun: str, variant: int, coarse: bool = False) -> Mesh:
+def mesh(noun: str, variant: int, fineness: float = 1.0) -> Mesh:
     """The mesh of a thing: unit size, standing on the ground."""
     global _fineness
     rng = np.random.default_rng([NOUNS.index(noun), variant])
-    _fineness = 0.5 if coarse else 1.0
+    _fineness = fineness
     try:
         vertices, faces = BUILDERS[noun](rng)
     finally:

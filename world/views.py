@@ -44,18 +44,21 @@ def inverse_depth(scene: Scene) -> np.ndarray:
 
 def views(scene: Scene) -> list[View]:
     """Every thing that shows at all, by size."""
-    things, depth = thing_map(scene), scene.rendering.depth
+    things, depth = thing_map(scene), scene.rendering.depth.ravel()
     height, width = things.shape
-    counts = np.bincount(things.ravel() + 1, minlength=len(scene.things) + 1)[1:]
+    flat = things.ravel().astype(np.int16)
+    order = np.argsort(flat, kind="stable")  # the pixels of each thing side by side
+    ends = np.cumsum(np.bincount(flat + 1, minlength=len(scene.things) + 1))
+    counts = np.diff(ends)
     pieces = {piece.thing: piece for piece in scene.geometry.pieces if piece.thing >= 0}
     found = []
     for index in np.argsort(-counts, kind="stable"):
         pixels = int(counts[index])
         if not pixels:
             break
-        thing, mask = scene.things[index], things == index
-        rows, columns = np.nonzero(mask)
-        near, middle, far = np.sort(depth[rows, columns])[[pixels // 10, pixels // 2, pixels * 9 // 10]]
+        thing, own = scene.things[index], order[ends[index] : ends[index + 1]]
+        rows, columns = np.divmod(own, width)
+        near, middle, far = np.sort(depth[own])[[pixels // 10, pixels // 2, pixels * 9 // 10]]
         share = pixels / (height * width)
         clear = share >= SMALLEST and visible_share(scene, pieces[index], things) >= LEAST_VISIBLE
         found.append(
@@ -64,7 +67,7 @@ def views(scene: Scene) -> list[View]:
                 thing.noun,
                 thing.colour,
                 thing.pattern,
-                mask,
+                things == index,
                 pixels,
                 float(columns.mean() / width),
                 float(rows.mean() / height),
