@@ -1,0 +1,252 @@
+"""The world's pictures, masks, depth and answers against a second computation that shares no code with them."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from truth import GRID, Truth, verdict
+
+from perceptio.data.depths import decode_depth
+from perceptio.data.validate import check_records
+from perceptio.world.questions import KINDS, Asker
+from perceptio.world.records import POINTS, SPLITS, WorldOptions, scene_records, world_records
+from perceptio.world.scene import PLACES, sample_scene
+
+PER_PLACE = 3
+PLACE_NAMES = [place.__name__ for place in PLACES]
+
+
+def judged(place: str, number: int):
+    """(truth, asker, scene) of one scene."""
+    rng = np.random.default_rng([77, PLACE_NAMES.index(place), number])
+    scene = sample_scene(rng, 224, 224, place)
+    return Truth(scene), Asker(scene, rng), scene
+
+
+@pytest.mark.parametrize("place", PLACE_NAMES)
+def test_pictures_depth_and_every_answer_agree_with_the_geometry(place):
+    check_place(place, range(PER_PLACE))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("place", PLACE_NAMES)
+def test_many_more_scenes_agree(place):
+    check_place(place, range(100, 125))
+
+
+def check_place(place: str, numbers) -> None:
+    wrong, asked = [], 0
+    for number in numbers:
+        truth, asker, scene = judged(place, number)
+        rows, columns = truth.y.astype(int), truth.x.astype(int)
+        things = np.append(scene.geometry.thing_of, -1)[scene.rendering.piece][rows, columns]
+        assert (things == truth.thing).mean() > 0.985, (place, number)
+        depth = scene.rendering.depth[rows, columns]
+        both = np.isfinite(depth) & np.isfinite(truth.depth)
+        assert (np.isfinite(depth) == np.isfinite(truth.depth)).mean() > 0.99, (place, number)
+        close = np.abs(depth[both] - truth.depth[both]) < 0.002 * truth.depth[both] + 1e-3
+        assert close.mean() > 0.985, (place, number, close.mean())
+        check_inverse(asker.inverse[rows, columns], truth.depth, close, both)
+        for kind in KINDS:
+            question = asker.ask(kind)
+            if question is not None:
+                asked += 1
+                fault = verdict(truth, question)
+                wrong += [(place, number, question.text, question.answer, fault)] if fault else []
+        for count in (2, 3, 4, 5):
+            for lure in (None, True):
+                question = asker.points(count, lure)
+                if question is not None:
+                    asked += 1
+                    fault = points_fault(truth, question, count, lure)
+                    wrong += [(place, number, count, question.answer, fault)] if fault else []
+    assert not wrong
+    assert asked > 3 * len(numbers)
+
+
+def check_inverse(inverse, depth, close, both) -> None:
+    """Affine in 1 / depth, 0 in the sky, from 0 to 1."""
+    assert inverse.min() >= 0 and inverse.max() <= 1
+    if not both.all():
+        assert np.all(inverse[~both & np.isinf(depth)] < 0.02)
+    x, y = 1 / depth[both][close], inverse[both][close]
+    if np.ptp(x) > 0.01:
+        slope, offset = np.polyfit(x, y, 1)
+        assert slope > 0 and np.abs(slope * x + offset - y).max() < 0.01
+
+
+def points_fault(truth, question, count: int, lure) -> str:
+    places = question.extra["points"]
+    letters = sorted(places)
+    if letters != list("ABCDE"[:count]):
+        return f"letters {letters}"
+    x, y = np.array([places[letter] for letter in letters]).T
+    _, depth = truth.look(x + 0.5, y + 0.5)
+    nearest = letters[int(depth.argmin())]
+    if question.answer != f"({nearest})":
+        return f"nearest is {nearest} of {depth}"
+    if np.sort(depth)[1] < 1.05 * depth.min():
+        return f"two are almost as near: {depth}"
+    apart = np.hypot(x[:, None] - x, y[:, None] - y)[np.triu_indices(count, 1)]
+    if apart.min() < 20 / 336 * truth.width:
+        return f"two points {apart.min():.1f} pixels apart"
+    if lure and y[depth.argmin()] >= y.max():
+        return "the nearest is the lowest"
+    for px, py in zip(x, y, strict=True):
+        around = question.image[py - 4 : py + 5, px - 4 : px + 5].astype(int)
+        if ((around[..., 0] > 200) & (around[..., 1] < 60)).sum() < 6:
+            return f"no ring around {px}, {py}"
+        above = question.image[max(0, py - 22) : py - 4, max(0, px - 8) : px + 9].max(-1)
+        if (above < 12).sum() < 25 or not (above > 120).any():
+            return f"no letter above {px}, {py}"
+    return ""
+
+
+def test_the_oracle_itself_finds_faults():
+    """A second opinion that agrees with everything proves nothing."""
+    truth, asker, _ = judged("table", 1)
+    found = Counter()
+    for _ in range(30):
+        for kind, other in (
+            ("side", {"Left.": "Right.", "Right.": "Left."}),
+            ("count", {f"{n}.": f"{n + 1}." for n in range(9)}),
+        ):
+            question = asker.ask(kind)
+            if question is not None and not verdict(truth, question):
+                question.answer = other[question.answer]
+                found[kind, bool(verdict(truth, question))] += 1
+        question = asker.ask("refer")
+        if question is not None:
+            question.mask = np.roll(question.mask, 40, 1)
+            found["refer", bool(verdict(truth, question))] += 1
+    assert found and all(caught for _, caught in found), found
+
+
+def test_scenes_do_not_depend_on_workers_order_or_process():
+    """The same numbers in another process, backwards, and by two workers."""
+    options = WorldOptions(112, 112)
+    straight = list(world_records(40, seed=3, options=options, workers=0))
+    assert list(world_records(40, seed=3, options=options, workers=2)) == straight
+    backwards = [scene_records(index, 3, options=options) for index in reversed(range(6))]
+    assert [record for found in reversed(backwards) for record in found] == straight[: sum(map(len, backwards))]
+    script = (
+        "import hashlib, json, sys; from perceptio.world.records import *\n"
+        "found = list(world_records(3, seed=3, options=WorldOptions(112, 112), workers=0))\n"
+        "print(hashlib.sha256(repr(found).encode()).hexdigest())"
+    )
+    import hashlib
+
+    fresh = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()[
+        -1
+    ]
+    mine = [record for index in range(3) for record in scene_records(index, 3, options=options)]
+    assert fresh == hashlib.sha256(repr(mine).encode()).hexdigest()
+    assert list(world_records(2, seed=3, options=options, first=4, workers=0)) == [
+        record for index in (4, 5) for record in scene_records(index, 3, options=options)
+    ]
+
+
+def test_splits_hold_what_they_are_named_for_and_share_no_scene():
+    seen = set()
+    for split in SPLITS:
+        records = list(world_records(3, seed=1, split=split, options=WorldOptions(160, 160), workers=0))
+        assert not [problem for _, problems in check_records(records) for problem in problems]
+        for record in records:
+            kinds = [question["kind"] for question in json.loads(record["extra"])["questions"]]
+            seen.add(record["image"]["bytes"])
+            if split in POINTS:
+                assert (
+                    kinds == ["points"] and len(json.loads(record["extra"])["questions"][0]["points"]) == POINTS[split]
+                )
+            elif split == "lure":
+                assert not json.loads(record["extra"])["questions"][0]["nearest_is_lowest"]
+            elif split in ("refer", "absent"):
+                assert kinds == [split]
+        assert all(record["split"] == split for record in records)
+    assert len(seen) >= 3 * len(SPLITS)
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Three hundred small scenes."""
+    return list(world_records(300, seed=21, options=WorldOptions(112, 112, turns=4, points=1.0), workers=2))
+
+
+def test_guessing_by_position_does_not_pay(many):
+    """First-named or second, left or right, yes or no, each letter: within four standard errors of even."""
+    counts = Counter()
+    for record in many:
+        kinds = [question["kind"] for question in json.loads(record["extra"])["questions"]]
+        for kind, question, answer in zip(kinds, record["messages"][::2], record["messages"][1::2], strict=True):
+            said = answer["content"]
+            if kind == "closer":
+                counts["closer", question["content"].lower().split(said[:-1].lower())[0].count(" or ") == 0] += 1
+            elif kind in ("side", "exists"):
+                counts[kind, said in ("Left.", "Yes.")] += 1
+            elif kind == "points":
+                points = json.loads(record["extra"])["questions"][0]["points"]
+                counts["points", "A" in said] += 1
+                counts["points expected", "A"] += 1 / len(points)
+    for kind in ("closer", "side", "exists"):
+        yes, no = counts[kind, True], counts[kind, False]
+        assert yes + no > 30 and abs(yes - no) < 4 * np.sqrt(yes + no), (kind, yes, no)
+    total = counts["points", True] + counts["points", False]
+    expected = counts["points expected", "A"]
+    assert total > 80 and abs(counts["points", True] - expected) < 4 * np.sqrt(expected)
+
+
+def test_every_kind_and_every_place_occurs(many):
+    extras = [json.loads(record["extra"]) for record in many]
+    kinds = Counter(question["kind"] for extra in extras for question in extra["questions"])
+    assert set(kinds) == {*KINDS, "points"} and min(kinds.values()) >= 8
+    places = Counter(extra["place"] for extra in extras if extra["questions"][0]["kind"] != "points")
+    for builder, share in PLACES.items():
+        assert abs(places[builder.__name__] - share * 300) < 4 * np.sqrt(share * 300) + 1, places
+
+
+def test_no_two_pictures_are_alike(many):
+    """Grey thumbnails of twelve pixels, brightness and contrast taken out: the nearest pair is still far apart."""
+    thumbs = []
+    for record in many:
+        if "points" not in record["id"]:
+            grey = Image.open(BytesIO(record["image"]["bytes"])).convert("L").resize((12, 12), Image.Resampling.BOX)
+            values = np.asarray(grey, float).ravel()
+            thumbs.append((values - values.mean()) / (values.std() + 1e-6))
+    likeness = np.corrcoef(thumbs) - np.eye(len(thumbs))
+    assert len(thumbs) == 300 and likeness.max() < 0.97
+    assert np.mean(np.abs(likeness)) < 0.35
+
+
+def test_depth_survives_in_the_record():
+    rng = np.random.default_rng([0, 0, 5])
+    scene = sample_scene(rng, 224, 224)
+    record = scene_records(5)[0]
+    truth = Truth(scene)
+    depth = decode_depth(record["depth"]["bytes"])[truth.y.astype(int), truth.x.astype(int)]
+    assert depth.shape == (GRID * GRID,)
+    assert np.corrcoef(depth, np.where(np.isfinite(truth.depth), 1 / truth.depth, 0))[0, 1] > 0.995
+
+
+@pytest.mark.parametrize(
+    "field, wrong",
+    [
+        ("width", 10),
+        ("height", 5000),
+        ("turns", 0),
+        ("points", 1.5),
+        ("kinds", {"riddle": 1}),
+        ("kinds", {}),
+        ("width", "9"),
+    ],
+)
+def test_wrong_options_are_named(field, wrong):
+    with pytest.raises(ValueError, match=f"`{field}` is .*expected"):
+        WorldOptions(**{field: wrong})
+    with pytest.raises(ValueError, match="`split` is 'all', expected one of train"):
+        scene_records(0, split="all")
