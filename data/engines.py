@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 
-from .shard_work import ShardTask, do_shard
+from .shard_work import ShardTask, count_attempts, do_shard
 
-MOST_POOLS = 100  # a bound on restarts; the bound for each shard comes first
+MOST_IDLE = 2  # pools in a row that die before they begin a shard; those that die of one are bounded by that shard
 
 
 def run_local(tasks: list, function: Callable, workers: int) -> Iterator[tuple]:
@@ -25,7 +25,8 @@ def run_local(tasks: list, function: Callable, workers: int) -> Iterator[tuple]:
         return
     left = {task.name: task for task in tasks}
     context = multiprocessing.get_context("spawn")  # a fork would copy threads that hold locks
-    for _ in range(MOST_POOLS):
+    idle, before = 0, None
+    while idle < MOST_IDLE:
         try:
             with ProcessPoolExecutor(workers, context, _start_worker, (function,)) as pool:
                 running = {pool.submit(_work, task): name for name, task in left.items()}
@@ -33,9 +34,13 @@ def run_local(tasks: list, function: Callable, workers: int) -> Iterator[tuple]:
                     error = future.result()
                     yield left.pop(running[future]), error
             return
-        except BrokenProcessPool:
-            continue  # a worker was killed: a new pool does what is left
-    raise RuntimeError(f"{MOST_POOLS} pools of workers died, expected none: look for what kills them (memory?)")
+        except BrokenProcessPool:  # a worker was killed: a new pool does what is left
+            now = {name: count_attempts(task) for name, task in left.items()}
+            idle, before = (idle + 1 if now == before or not any(now.values()) else 0), now
+    raise RuntimeError(
+        f"{idle} times the workers died before they began a shard, expected them to start: give more memory, name a "
+        'function that a fresh process can import, and call the job under `if __name__ == "__main__":`'
+    )
 
 
 def _start_worker(function: Callable) -> None:

@@ -181,7 +181,7 @@ def _rows(path: Path) -> Iterable[tuple[int, dict | Problem]]:
         import pyarrow.parquet as pq
 
         row = 0
-        for batch in pq.ParquetFile(path).iter_batches(256):
+        for batch in pq.ParquetFile(path).iter_batches(256, use_threads=False):
             for content in batch.to_pylist():
                 row += 1
                 yield row, content

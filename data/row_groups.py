@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import fsspec
@@ -38,13 +40,21 @@ def with_patience(read: Callable, *arguments):
 
 
 def read_group(group: Group) -> list[dict]:
-    with _open(group.file) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        table = parquet.read_row_group(group.index, columns=list(COLUMNS))
-    return table.slice(group.start, group.stop - group.start).to_pylist()
+    with open_parquet(group.file) as parquet:
+        return read_table(parquet, group.index).slice(group.start, group.stop - group.start).to_pylist()
 
 
-def _open(name: str):
-    return fsspec.open(name, "rb").open() if "://" in name else open(name, "rb")
+@contextmanager
+def open_parquet(name) -> Iterator[pq.ParquetFile]:
+    """A local path goes to Arrow as a path: its threads, and a Python file, have ended interpreters in an abort."""
+    with ExitStack() as stack:
+        source = stack.enter_context(fsspec.open(name, "rb")) if "://" in str(name) else str(name)
+        yield stack.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
+
+
+def read_table(parquet: pq.ParquetFile, group: int) -> pa.Table:
+    # Without threads, for the same reason; stored pictures need no decompression that would pay for them.
+    return parquet.read_row_group(group, columns=list(COLUMNS), use_threads=False)
 
 
 def find_groups(folders: list[str], split: str, codebook: str | None) -> Iterator[Group]:
@@ -67,7 +77,7 @@ def damaged(name: str, found: str) -> DataError:
 
 
 def _row_counts(name: str) -> list[int]:
-    with _open(name) as file, pq.ParquetFile(file) as parquet:
+    with open_parquet(name) as parquet:
         missing = set(COLUMNS) - set(parquet.schema_arrow.names)
         if missing:
             raise ValueError(f"it has no column {min(missing)!r}")
@@ -85,7 +95,8 @@ def _find_files(folder: str, split: str, codebook: str | None) -> tuple[str | No
         check_codebook(folder, manifest, codebook)
         files = [(full(f"{root}/{entry['file']}"), entry["rows"]) for entry in shard_entries(folder, manifest, split)]
         return manifest["codebook"], files
-    names = sorted(system.glob(f"{root}/data/{split}-*.parquet"))
+    inside = system.ls(f"{root}/data", detail=False) if system.exists(f"{root}/data") else []
+    names = sorted(name for name in inside if fnmatch(name.rpartition("/")[2], f"{split}-*.parquet"))
     if not names:
         raise DataError(f"{folder} holds no data/{split}-*.parquet, expected a folder of shards: check name and split")
     return None, [(full(name), None) for name in names]

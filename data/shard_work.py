@@ -45,8 +45,7 @@ def do_shard(task: ShardTask, function: Callable[[dict], dict]) -> str | None:
     """Do one shard, unless it is done.  Returns what went wrong with it, as one line."""
     if read_note(task) is not None:
         return None
-    tried = attempts(task)
-    count = int(tried.read_text() or 0) if tried.is_file() else 0
+    tried, count = attempts(task), count_attempts(task)
     if count >= MOST_ATTEMPTS:
         return (
             f"{task.entry['file']}: {count} workers died of it, expected none: look at its rows, or give more memory"
@@ -118,3 +117,9 @@ def read_note(task: ShardTask) -> dict | None:
 
 def attempts(task: ShardTask) -> Path:
     return task.note.with_suffix(".attempts")
+
+
+def count_attempts(task: ShardTask) -> int:
+    """How often this shard was begun and not ended."""
+    tried = attempts(task)
+    return int(tried.read_text() or 0) if tried.is_file() else 0

@@ -27,6 +27,7 @@ from .manifest import (
     write_manifest,
 )
 from .record import COLUMNS, FEATURES, DataError, Problem
+from .row_groups import open_parquet, read_table
 from .tally import Tally
 from .thumbnail import mask_preview
 
@@ -238,9 +239,9 @@ def read_shards(
 def read_rows(path) -> Iterator[dict]:
     """The records of one Parquet file; an error names the file."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with open_parquet(path) as file:
             for group in range(file.num_row_groups):
-                yield from file.read_row_group(group, columns=list(COLUMNS)).to_pylist()
+                yield from read_table(file, group).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(damaged(path, error)) from error
 

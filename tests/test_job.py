@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,6 +162,23 @@ def test_a_shard_that_kills_every_worker_is_given_up_and_named(folder, tmp_path,
     with pytest.raises(DataError, match=r"1 of 8 shards.*\n.*train-00002-of-00008.parquet: \d+ workers died of it"):
         run_job(folder, tmp_path / "out", Marker(kill_at="row-0013"), workers=2, batch_size=2)
     assert len(notes(tmp_path / "out")) == SHARDS - 1
+
+
+class FromNowhere(Marker):
+    """Of a module that a fresh process has not."""
+
+    __module__ = "module_of_nobody"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_workers_that_never_start_end_the_job(folder, tmp_path, monkeypatch):
+    """About 15 s: two pools of workers import torch, and then cannot find the function."""
+    nobody = types.ModuleType("module_of_nobody")
+    nobody.FromNowhere = FromNowhere
+    monkeypatch.setitem(sys.modules, "module_of_nobody", nobody)
+    with pytest.raises(RuntimeError, match="died before they began a shard"):
+        run_job(folder, tmp_path, FromNowhere(), workers=2)
 
 
 def loses(batch: dict) -> dict:

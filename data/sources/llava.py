@@ -112,7 +112,7 @@ def _parquet_rows(root: Path, files: str) -> Iterator[dict]:
                             str(path), None, "columns", str(table.schema_arrow.names), "conversations", "rename it"
                         )
                     )
-                for batch in table.iter_batches(batch_size=64, columns=columns):
+                for batch in table.iter_batches(batch_size=64, columns=columns, use_threads=False):
                     yield from batch.to_pylist()
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(

@@ -161,7 +161,7 @@ def _rows(paths: list[Path], leave_out: tuple[str, ...] = (), only: tuple[str, .
             with pq.ParquetFile(path) as table:
                 names = [name for name in table.schema_arrow.names if name not in leave_out]
                 names = [name for name in names if not only or name in only]
-                for batch in table.iter_batches(batch_size=64, columns=names):
+                for batch in table.iter_batches(batch_size=64, columns=names, use_threads=False):
                     yield from batch.to_pylist()
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise _unreadable(path, error) from error
