@@ -1,14 +1,16 @@
 """What a second worker brings to the labelling job.
 
-    python bench/bench_label.py [--rows 384]
+    python bench/bench_label.py [--rows 384] [--rounds 3]
 
-The same shards, the same depth tokenizer (the default size, 320 pixels, random weights), one worker and two, by
-processes and by Ray, one thread each.  The clock runs between the first and the last shard that end, so that starting
-Python and torch does not count; the bar is 1.7.  Writes bench/results/label.json.
+The same shards, the same depth tokenizer (the default size, 320 pixels, random weights), one thread in each worker;
+one worker and two in turn, by processes and by Ray, and the median of the ratios.  The clock runs between the first
+and the last shard that end, so that starting Python and torch does not count; the bar is 1.7.  Writes
+bench/results/label.json.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def throughput(folder: Path, function, engine: str, workers: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     results: dict = {"rows": arguments.rows}
     with tempfile.TemporaryDirectory() as folder:
@@ -46,12 +49,13 @@ def main() -> None:
         write_shards(world_records(arguments.rows, options=options), Path(folder, "in"), rows_per_shard=ROWS_PER_SHARD)
         function = Labeller(str(Path(folder, "vqvae")))
         for engine in ("local", "ray"):
-            rates = {workers: throughput(Path(folder, "in"), function, engine, workers) for workers in (1, 2)}
-            results[engine] = {"rows_per_second": rates, "ratio": rates[2] / rates[1]}
-            print(
-                f"{engine}: {rates[1]:.1f} and {rates[2]:.1f} rows a second, ratio {rates[2] / rates[1]:.2f}",
-                flush=True,
-            )
+            rounds = [
+                [throughput(Path(folder, "in"), function, engine, workers) for workers in (1, 2)]
+                for _ in range(arguments.rounds)
+            ]
+            ratios = [two / one for one, two in rounds]
+            results[engine] = {"rows_per_second": rounds, "ratio": statistics.median(ratios), "ratios": ratios}
+            print(f"{engine}: ratio {results[engine]['ratio']:.2f} of {[round(r, 2) for r in ratios]}", flush=True)
     target = Path(__file__).parent / "results" / "label.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -61,6 +61,23 @@ def test_the_figures_come_from_their_file():
     assert f"{results['parameters'] / 1e6:.0f} M parameters" in README
 
 
+def test_the_figures_of_the_data_come_from_their_files():
+    world, check, stream, label = (
+        json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("world", "check", "stream", "label")
+    )
+    measured = [
+        ("bench_world.py", f"{world['scenes_per_second_2']:.1f}"),
+        ("bench_check.py", f"{check['records_per_minute']:.0f}"),
+        ("bench_stream.py", f"{stream['peak_ratio']:.3f}"),
+        ("bench_label.py", f"{label['local']['ratio']:.2f}"),
+        ("bench_label.py", f"{label['ray']['ratio']:.2f}"),
+    ]
+    assert re.findall(r"^\| .* \| `(bench_\w+\.py)` \| ([\d.]+) \| [\w.]+ \|$", README, flags=re.MULTILINE) == measured
+    assert world["scenes_per_second_2"] >= 60 and check["records_per_minute"] >= 1000
+    assert label["local"]["ratio"] >= 1.7 and label["ray"]["ratio"] >= 1.7
+
+
 def test_every_file_of_the_tree_is_there():
     tree = README.split("## The files")[1].split("The root of")[0]
     for name in re.findall(r"[\w/]+\.py|\b\w+/", tree):

@@ -1,5 +1,6 @@
 """Where things stand: ten kinds of places, from a table to a street, with their light and a camera in them."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -37,6 +38,8 @@ class Scene:
     rendering: Rendering | None = field(default=None, repr=False)
 
 
+PATTERN_SHARES = np.cumsum([0.64, 0.14, 0.12, 0.1])
+GLOSS, TURNS = (0.0, 0.15, 0.6, 1.2), (0.0, 0.0, np.pi / 2, 0.6)
 LEAST_THINGS, PATIENCE = 4, 12
 FINENESS = ((45, 0.5), (110, 0.7))  # the fewer pixels a thing has, the fewer triangles it needs
 WARM, COOL = np.float32([1.0, 0.86, 0.68]), np.float32([0.82, 0.92, 1.0])
@@ -93,7 +96,7 @@ class Stage:
             a,
             np.clip(b, 0, 1),
             rng.uniform(*scale),
-            turn=rng.choice([0.0, 0.0, np.pi / 2, 0.6]) if kind != "bricks" else 0.0,
+            turn=TURNS[rng.integers(len(TURNS))] if kind != "bricks" else 0.0,
             grain=rng.uniform(0.05, 0.4),
             grain_scale=rng.uniform(0.3, 3),
             gloss=gloss * rng.random() if rng.random() < 0.3 else 0.0,
@@ -121,46 +124,55 @@ class Stage:
         """Put one there unless it would touch another; True when it stands."""
         rng = self.rng
         noun = noun or self.nouns[rng.integers(len(self.nouns))]
-        at = np.array(at, np.float64)
-        pixels = size / max(np.linalg.norm(at - self.eye), 1e-3) * max(self.width, self.height) / self.fov
+        x, y, z = at = tuple(map(float, at))
+        ahead = math.dist(at, self.eye)
+        pixels = size / max(ahead, 1e-3) * max(self.width, self.height) / self.fov
         fineness = next((level for limit, level in FINENESS if pixels < limit), 1.0)
         shape = mesh(noun, int(rng.integers(VARIANTS)), fineness)
-        radius = float(np.hypot(shape.size[0], shape.size[2]) / 2 * size)
-        height = float(shape.size[1] * size)
-        near = np.hypot(*(self.eye - at)[[0, 2]]) - radius
-        if near < 0.25 * size and self.eye[1] - at[1] < height + 0.3 * size and self.eye[1] > at[1] - size:
+        wide, tall, deep = shape.extent
+        radius, height = math.hypot(wide, deep) / 2 * size, tall * size
+        if self._touches(at, radius, height, size):
             return False
-        for other, other_radius, other_height in self.spots:
-            flat = np.hypot(other[0] - at[0], other[2] - at[2])
-            apart = at[1] >= other[1] + other_height or other[1] >= at[1] + height
-            if flat < (radius + other_radius) * 0.95 and not apart:
-                return False
         colour = self.colours[rng.integers(len(self.colours))]
-        pattern = PATTERNS[rng.choice(4, p=[0.64, 0.14, 0.12, 0.1])]
-        a = sample_colour(rng, colour)
-        light = colour in ("white", "yellow", "pink", "grey", "turquoise", "orange")
-        b = to_linear([0.08] * 3) if light else to_linear([0.95] * 3)
-        if colour == "black":
-            b = to_linear([0.95] * 3)
-        surface = Surface(
-            pattern,
-            a,
-            b,
-            scale=rng.uniform(0.14, 0.22) * size,
-            grain=rng.uniform(0.03, 0.18),
-            grain_scale=rng.uniform(1, 3) / size,
-            gloss=rng.choice([0.0, 0.15, 0.6, 1.2]),
-            noise=int(rng.integers(5)),
-        )
-        towards = np.arctan2(self.eye[0] - at[0], self.eye[2] - at[2])
+        pattern = PATTERNS[int(np.searchsorted(PATTERN_SHARES, rng.random()))]
+        towards = math.atan2(self.eye[0] - x, self.eye[2] - z)
         turn = towards + rng.uniform(-1, 1) * FACING[noun] if noun in FACING else rng.uniform(0, 2 * np.pi)
         if noun == "mug" and rng.random() < 0.5:
             turn += np.pi
         tilt = rng.uniform(-0.4, 0.4) if float_ else 0.0
-        self.pieces.append(Piece(shape, surface, at, size, turn, tilt, len(self.things)))
-        self.things.append(Thing(noun, colour, pattern, at, size, radius))
+        place, surface = np.array(at), self._painted(colour, pattern, size)
+        self.pieces.append(Piece(shape, surface, place, size, turn, tilt, len(self.things)))
+        self.things.append(Thing(noun, colour, pattern, place, size, radius))
         self.spots.append((at, radius, height))
         return True
+
+    def _touches(self, at, radius, height, size) -> bool:
+        """Whether it would stand in another thing, or in the camera."""
+        x, y, z = at
+        near = math.hypot(self.eye[0] - x, self.eye[2] - z) - radius
+        if near < 0.25 * size and y - size < self.eye[1] < y + height + 0.3 * size:
+            return True
+        return any(
+            math.hypot(other[0] - x, other[2] - z) < (radius + other_radius) * 0.95
+            and y < other[1] + other_height
+            and other[1] < y + height
+            for other, other_radius, other_height in self.spots
+        )
+
+    def _painted(self, colour, pattern, size) -> Surface:
+        """The surface of a thing: its colour, and white or black for the pattern, whichever shows."""
+        rng = self.rng
+        second = 0.08 if colour in ("white", "yellow", "pink", "grey", "turquoise", "orange") else 0.95
+        return Surface(
+            pattern,
+            sample_colour(rng, colour),
+            to_linear([second] * 3),
+            scale=rng.uniform(0.14, 0.22) * size,
+            grain=rng.uniform(0.03, 0.18),
+            grain_scale=rng.uniform(1, 3) / size,
+            gloss=GLOSS[rng.integers(len(GLOSS))],
+            noise=int(rng.integers(5)),
+        )
 
     def natural(self, distance: float = 0.0) -> tuple[str, float]:
         """A noun and its size; toys grow with the distance, or none could be told from another."""
@@ -181,10 +193,10 @@ class Stage:
         """A plinth with one thing on it."""
         turn = self.rng.uniform(-0.6, 0.6)
         radius = np.hypot(width, depth) / 2
-        if any(np.hypot(o[0] - at[0], o[2] - at[2]) < radius + r for o, r, _ in self.spots):
+        if any(math.hypot(o[0] - at[0], o[2] - at[2]) < radius + r for o, r, _ in self.spots):
             return
         self.block(width, height, depth, at, surface, turn)
-        self.spots.append((np.array(at, np.float64), radius, height))
+        self.spots.append((tuple(map(float, at)), radius, height))
         self.thing((at[0], at[1] + height, at[2]), size)
 
     def hang(self, at, size, top):

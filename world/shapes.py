@@ -19,12 +19,9 @@ class Mesh:
         self.vertices = np.asarray(vertices, np.float32)
         self.faces = _with_area(self.vertices, np.asarray(faces, np.int32))
         self.normals = _corner_normals(self.vertices, self.faces)
+        self.extent = tuple(np.ptp(self.vertices, axis=0).tolist())
         self.middle = (self.vertices.min(0) + self.vertices.max(0)) / 2
         self.radius = float(np.linalg.norm(self.vertices - self.middle, axis=1).max())  # of a ball about the middle
-
-    @property
-    def size(self) -> np.ndarray:
-        return np.ptp(self.vertices, axis=0)
 
 
 def _with_area(vertices, faces) -> np.ndarray:

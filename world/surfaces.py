@@ -44,9 +44,9 @@ def sample_colour(rng, name: str) -> np.ndarray:
     return to_linear(hsv(hue, saturation, value))
 
 
-def hsv(hue, saturation, value) -> np.ndarray:
-    k = (np.array([5.0, 3.0, 1.0]) + hue * 6) % 6
-    return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
+def hsv(hue, saturation, value) -> list[float]:
+    steps = [(start + hue * 6) % 6 for start in (5.0, 3.0, 1.0)]
+    return [value - value * saturation * max(0.0, min(step, 4 - step, 1.0)) for step in steps]
 
 
 def to_linear(srgb) -> np.ndarray:
