@@ -220,7 +220,7 @@ def _download(name: str, split: str | None, allow_download: bool):
 
 
 def _from_dataset(dataset, name: str, split, columns, max_pixels) -> Iterator[Job]:
-    from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+    from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, List
 
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         if split not in dataset and len(dataset) != 1:
@@ -236,6 +236,8 @@ def _from_dataset(dataset, name: str, split, columns, max_pixels) -> Iterator[Jo
     for column, kind in (dataset.features or {}).items():
         if isinstance(kind, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(kind, List) and isinstance(kind.feature, Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
     names = list(dataset.features or next(iter(dataset.take(1)), {}))
     if set(names) >= set(COLUMNS) - {"mask_preview"}:
         for row, record in enumerate(dataset):
@@ -251,12 +253,8 @@ def _from_dataset(dataset, name: str, split, columns, max_pixels) -> Iterator[Jo
 
 def _implied(names: list[str]) -> dict[str, str]:
     """A map for data whose columns have our names among others."""
-    ours = {key: key for key in KEYS if key in names} | {
-        ours: theirs for theirs, ours in ALIASES.items() if theirs in names
-    }
-    if "image" not in ours and "images" in names:
-        ours["image"] = "images"
-    return ours
+    aliases = {ours: theirs for theirs, ours in ALIASES.items() if theirs in names}
+    return aliases | {key: key for key in KEYS if key in names}
 
 
 def _check_names(names: list[str], columns: dict | None, name: str) -> None:

@@ -25,7 +25,14 @@ from .paths import PathError, read_file
 from .record import OPENING, TURNED, Problem, assistant, make_record, stored_size, user
 from .validate import check_record
 
-ALIASES = {"file_name": "image", "mask_file_name": "mask", "depth_file_name": "depth"}
+ALIASES = {
+    "file_name": "image",
+    "images": "image",
+    "mask_file_name": "mask",
+    "depth_file_name": "depth",
+    "conversations": "messages",
+}
+SPEAKERS = {"human": "user", "gpt": "assistant"}
 KEYS = (
     "image", "question", "answer", "mask", "depth", "absent", "depth_kind", "mask_orientation", "messages", "masks",
     "id", "split", "licence", "source", "extra",
@@ -159,6 +166,10 @@ class _Reading:
             raise _Unread
         messages = []
         for index, message in enumerate(found):
+            if "from" in message:
+                message = {"role": SPEAKERS.get(message["from"], message["from"]), "content": message.get("value")}
+                if isinstance(message["content"], str):
+                    message["content"] = message["content"].replace("<image>", "").strip()
             extra = set(message) - {"role", "content", "perception"}
             if extra:
                 self.bad(
@@ -173,6 +184,13 @@ class _Reading:
         if "image" not in row:
             return None
         source = row["image"]
+        if isinstance(source, list):  # as chat data sets have it
+            if not source:
+                return None
+            if len(source) > 1:
+                self.bad("image", f"{len(source)} pictures", "one", "write a row for each, or choose one")
+                raise _Unread
+            source = source[0]
         try:
             self.data, name = self._bytes(source)
         except PathError as error:

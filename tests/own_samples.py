@@ -142,7 +142,7 @@ FAULTS = {
     "name with NUL": (_with(image="a\0.jpg"), "image"),
     "name of 5000 letters": (_with(image="a" * 5000 + ".jpg"), "image"),
     "name is a number": (_with(image=7), "image"),
-    "name is a list": (_with(image=["0.jpg"]), "image"),
+    "two pictures": (_with(image=["0.jpg", "1.jpg"]), "image"),
     "empty picture": (_file("image", "empty.jpg", b""), "image"),
     "HTML as picture": (_file("image", "page.png", b"<html>not found</html>"), "image"),
     "SVG": (_file("image", "a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "image"),

@@ -6,7 +6,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from own_samples import FAULTS, FILES, HEIGHT, WIDTH, box_mask, good_row, jpeg, npy, png, ramp, write_rows
 from PIL import Image, ImageOps
@@ -128,6 +128,26 @@ def test_a_data_set_by_columns(tmp_path):
         list(open_data(table))
     with pytest.raises(DataError, match="unknown name"):
         list(open_data(table, columns={"picture": "photo"}))
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_chat_data_sets_need_no_map(form, tmp_path):
+    """As TRL and LLaVA have them: a list of pictures, or one, beside the turns."""
+    keys = ("role", "content", "user", "assistant") if form == "messages" else ("from", "value", "human", "gpt")
+    turns = [{keys[0]: keys[2], keys[1]: "<image>\nWhere?"}, {keys[0]: keys[3], keys[1]: "Here."}]
+    turns[0][keys[1]] = turns[0][keys[1]].removeprefix("<image>\n") if form == "messages" else turns[0][keys[1]]
+    table = Dataset.from_dict({"images": [[jpeg()], [jpeg(), jpeg()], []], form: [turns] * 3, "other": [1, 2, 3]})
+    table = table.cast_column("images", List(ImageFeature()))
+    tally = Tally("chat")
+    records = list(open_data(table, on_problem="skip", tally=tally))
+    assert dict(tally.dropped) == {"image": 1} and "2 pictures" in tally.examples["image"][0]
+    assert [record["image"] is None for record in records] == [False, True]
+    assert records[0]["image"]["bytes"] == jpeg()
+    for record in records:
+        assert [(message["role"], message["content"]) for message in record["messages"]] == [
+            ("user", "Where?"),
+            ("assistant", "Here."),
+        ]
 
 
 def test_our_own_shards_and_a_data_set_of_records_come_back_as_they_are(tmp_path):

@@ -14,7 +14,7 @@ from truth import GRID, Truth, verdict
 from perceptio.data.depths import decode_depth
 from perceptio.data.validate import check_records
 from perceptio.world.questions import KINDS, Asker
-from perceptio.world.records import POINTS, SPLITS, WorldOptions, scene_records, world_records
+from perceptio.world.records import POINTS, SPLITS, WorldOptions, scene_records, world_dataset, world_records
 from perceptio.world.scene import PLACES, sample_scene
 
 PER_PLACE = 3
@@ -150,6 +150,19 @@ def test_scenes_do_not_depend_on_workers_order_or_process():
     assert list(world_records(2, seed=3, options=options, first=4, workers=0)) == [
         record for index in (4, 5) for record in scene_records(index, 3, options=options)
     ]
+
+
+def test_scenes_rendered_while_they_are_read():
+    """Through `datasets` and a DataLoader with two workers: every scene once."""
+    from torch.utils.data import DataLoader
+
+    options = WorldOptions(96, 96)
+    dataset = world_dataset(70, seed=3, options=options)
+    expected = [record["id"] for index in range(70) for record in scene_records(index, 3, options=options)]
+    first = next(iter(dataset))
+    assert first["image"].size == (96, 96) and first["depth"].mode.startswith("I")
+    loader = DataLoader(dataset, batch_size=None, num_workers=2)
+    assert sorted(record["id"] for record in loader) == sorted(expected)
 
 
 def test_splits_hold_what_they_are_named_for_and_share_no_scene():
