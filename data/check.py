@@ -27,7 +27,32 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
-    slopes: list[tuple[str, int, float]] = field(default_factory=list)
+    slopes: list[float] = field(default_factory=list)  # of each depth map: how much nearer it is below
+
+    def add(self, row: Found) -> None:
+        """Count one row."""
+        self.read += 1
+        self.problems += row.problems
+        self.warnings += row.warnings
+        record = row.record
+        if record is None:
+            return
+        self.kept += 1
+        found = Counter(
+            f"answers ({message['perception']})" for message in record["messages"] if message["role"] == "assistant"
+        )
+        found["pictures"] = int(record["image"] is not None)
+        found["masks"] = len(record["masks"])
+        found["masks of absent things"] = sum(area(mask) == 0 for mask in record["masks"])
+        found["depth maps"] = int(record["depth"] is not None)
+        self.counts += found
+        if record["depth"] is not None:
+            self.slopes.append(_slope(decode_depth(record["depth"]["bytes"])))
+
+    def finish(self) -> "Report":
+        """Say what only all rows together can tell."""
+        self.warnings += _inverted(self.slopes)
+        return self
 
     @property
     def good(self) -> bool:
@@ -69,13 +94,12 @@ def check_data(spec, *, workers: int | None = None, progress: bool = False, **op
 
         found = tqdm(found, desc="checking", unit=" rows", disable=None)
     for row in found:
-        _count(report, row)
+        report.add(row)
     if not report.read:
         report.problems.append(
             Problem(str(spec), None, "rows", "none", "at least one", "write some, or choose another split")
         )
-    report.warnings += _inverted(report.slopes)
-    return report
+    return report.finish()
 
 
 def _in_order(jobs, workers: int) -> Iterator[Found]:
@@ -87,27 +111,6 @@ def _in_order(jobs, workers: int) -> Iterator[Found]:
             yield found
 
 
-def _count(report: Report, row: Found) -> None:
-    report.read += 1
-    report.problems += row.problems
-    report.warnings += row.warnings
-    record = row.record
-    if record is None:
-        return
-    report.kept += 1
-    counts = report.counts
-    for message in record["messages"]:
-        if message["role"] == "assistant":
-            counts[f"answers ({message['perception']})"] += 1
-    counts["pictures"] += record["image"] is not None
-    counts["masks"] += len(record["masks"])
-    counts["masks of absent things"] += sum(area(mask) == 0 for mask in record["masks"])
-    if record["depth"] is not None:
-        counts["depth maps"] += 1
-        report.slopes.append((record["source"], report.read, _slope(decode_depth(record["depth"]["bytes"]))))
-    report.counts = +counts
-
-
 def _slope(depth: np.ndarray) -> float:
     """How much nearer the lower third is than the upper."""
     third = max(1, len(depth) // 3)
@@ -115,17 +118,14 @@ def _slope(depth: np.ndarray) -> float:
         return float(np.nanmean(depth[-third:]) - np.nanmean(depth[:third])) if np.isfinite(depth).any() else 0.0
 
 
-def _inverted(slopes: list[tuple[str, int, float]]) -> list[Problem]:
+def _inverted(slopes: list[float]) -> list[Problem]:
     """Most pictures are nearer below: a scale that is the other way round, for all maps or for many."""
-    plain = [(row, slope) for _, row, slope in slopes if abs(slope) > INVERTED]
-    upside = [row for row, slope in plain if slope < 0]
-    if len(plain) < 8:
+    plain = [slope for slope in slopes if abs(slope) > INVERTED]
+    upside = sum(slope < 0 for slope in plain)
+    if len(plain) < 8 or upside <= 0.3 * len(plain):
         return []
-    remedy = 'write `depth_kind: "metres"` where larger is farther'
-    if len(upside) > 0.8 * len(plain):
-        found = f"{len(upside)} of {len(plain)} maps are farther below than above"
-        return [Problem("all rows", None, "depth", found, "larger is nearer", remedy)]
-    if len(upside) > 0.3 * len(plain):
-        found = f"{len(upside)} of {len(plain)} maps are farther below, among them row {upside[0]}"
-        return [Problem("all rows", None, "depth", found, "one scale for all", remedy)]
-    return []
+    expected = "larger is nearer" if upside > 0.8 * len(plain) else "one scale for all"
+    found = f"{upside} of {len(plain)} maps are farther below than above"
+    return [
+        Problem("all rows", None, "depth", found, expected, 'write `depth_kind: "metres"` where larger is farther')
+    ]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..drawing import MASK_COLOURS, colour_depth, lay_mask_over
 from ..processing_perceptio import load_picture
-from .check import Report, _count, _inverted
+from .check import Report
 from .depths import decode_depth
 from .load import row_jobs
 from .masks import decode_mask
@@ -59,12 +59,12 @@ def write_preview(spec, out, model=None, count: int = 24, **options) -> Report:
     report, records = Report(), []
     for job in row_jobs(spec, **options):
         found = job()
-        _count(report, found)
+        report.add(found)
         if found.record is not None:
             records.append(found.record)
         if len(records) == count:
             break
-    report.warnings += _inverted(report.slopes)
+    report.finish()
     articles = "\n".join(_article(record, processor, vqvae) for record in records)
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
