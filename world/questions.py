@@ -56,7 +56,7 @@ class Asker:
         self.found = views(scene)
         self.clear = [view for view in self.found if view.clear]
         self.shape = scene.rendering.depth.shape
-        self.inverse = inverse_depth(scene)
+        self.inverse = inverse_depth(scene.rendering.depth)
 
     @cached_property
     def depth_png(self) -> bytes:

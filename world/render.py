@@ -169,6 +169,14 @@ def render(geometry: Geometry, camera: Camera, setting: Setting, rng) -> Renderi
     return Rendering(_develop(colour.reshape(3, *shape), setting, rng), first.depth.reshape(shape), piece_map)
 
 
+def distances(geometry: Geometry, camera: Camera) -> np.ndarray:
+    """The depth of a rendering alone, float32[H, W] in metres, infinite where there is sky: a fifth of the time."""
+    directions = camera.rays(*_centres(camera.height, camera.width))
+    origins = np.repeat(np.float32(camera.position)[None], directions.shape[1], 0)
+    found = geometry.scene.run(origins, _rows(directions), query="DISTANCE").reshape(camera.height, camera.width)
+    return np.where(found < 1e20, found, np.float32(np.inf))
+
+
 @lru_cache(maxsize=4)
 def _centres(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """x, y of every pixel's centre, row by row."""

@@ -627,6 +627,13 @@ PLACES = {
 
 def sample_scene(rng, width: int = 224, height: int = 224, place: str | None = None) -> Scene:
     """A scene with its rendering.  All that it draws comes from `rng`."""
+    scene = lay_out(rng, width, height, place)
+    scene.rendering = render(scene.geometry, scene.camera, scene.setting, rng)
+    return scene
+
+
+def lay_out(rng, width: int, height: int, place: str | None = None) -> Scene:
+    """The same scene, not rendered yet."""
     builders = {builder.__name__: builder for builder in PLACES}
     if place is None:
         builder = list(PLACES)[rng.choice(len(PLACES), p=list(PLACES.values()))]
@@ -637,7 +644,6 @@ def sample_scene(rng, width: int = 224, height: int = 224, place: str | None = N
         if _promising(scene):
             break
     scene.geometry = Geometry(scene.pieces, scene.camera)
-    scene.rendering = render(scene.geometry, scene.camera, scene.setting, rng)
     return scene
 
 

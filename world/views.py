@@ -35,9 +35,9 @@ def thing_map(scene: Scene) -> np.ndarray:
     return np.append(scene.geometry.thing_of, -1)[scene.rendering.piece]
 
 
-def inverse_depth(scene: Scene) -> np.ndarray:
-    """Relative inverse depth float32[H, W]: 1 at the nearest pixel, 0 in the sky or at the farthest."""
-    values = 1 / scene.rendering.depth
+def inverse_depth(metres: np.ndarray) -> np.ndarray:
+    """Depth float32[H, W] → relative inverse depth: 1 at the nearest pixel, 0 in the sky or at the farthest."""
+    values = 1 / metres
     low, high = values.min(), values.max()
     return (values - low) / max(high - low, np.float32(1e-12))
 
