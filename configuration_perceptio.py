@@ -96,12 +96,14 @@ class PerceptioDepthConfig(PreTrainedConfig):
 
     Depth is relative inverse depth in [0, 1], scaled per picture: 1 is its nearest point, 0 its farthest.
 
-    image_size (`int`): side of the square map that is encoded and decoded, `grid_size * 2 ** len(channels)`.
+    image_size (`int`): side of the square map that is encoded and decoded, a multiple of `grid_size`.
     grid_size (`int`): codes per side; a span holds `grid_size ** 2` of them, row by row from the top left.
     num_codes (`int`): K, the size of the codebook.
     code_dim (`int`): D, the width of a code.
-    channels (`list[int]`): widths of the encoder's halving stages, from fine to coarse; the decoder mirrors them.
-    num_residual_blocks (`int`): residual blocks at the coarsest resolution, on either side.
+    hidden_size (`int`): width of the encoder and of the decoder.
+    num_encoder_layers, num_decoder_layers (`int`): their depths.
+    num_attention_heads (`int`): a divisor of `hidden_size`.
+    depth_offset (`float`): o, above 0.  Inside, a map v is log(v + o): errors far away, where v is small, count more.
     codebook_hash (`str`, *optional*): content hash of the codebook, checked when weights are loaded.
     """
 
@@ -111,25 +113,29 @@ class PerceptioDepthConfig(PreTrainedConfig):
     image_size: int = 320
     grid_size: int = 10
     num_codes: int = 128
-    code_dim: int = 512
-    channels: list[int] | None = None
-    num_residual_blocks: int = 2
+    code_dim: int = 16
+    hidden_size: int = 192
+    num_encoder_layers: int = 3
+    num_decoder_layers: int = 4
+    num_attention_heads: int = 6
+    depth_offset: float = 0.1
     codebook_hash: str | None = None
-    initializer_range: float = 0.02
+    initializer_range: float = 0.04
 
     def __post_init__(self, **kwargs):
-        self.channels = [16, 32, 64, 128, 256] if self.channels is None else list(self.channels)
         _reject_unknown("PerceptioDepthConfig", kwargs)
-        for field in ("image_size", "grid_size", "num_codes", "code_dim"):
+        for field in ("image_size", "grid_size", "num_codes", "code_dim", "hidden_size", "num_attention_heads"):
             _check_count(f"depth_config.{field}", getattr(self, field))
-        _check_count("depth_config.num_residual_blocks", self.num_residual_blocks, low=0, high=MOST_LAYERS)
-        for width in self.channels:
-            _check_count("depth_config.channels", width)
-        if self.grid_size * 2 ** len(self.channels) != self.image_size:
-            raise ValueError(
-                f"`depth_config.image_size` is {self.image_size}, but a grid of {self.grid_size} and "
-                f"{len(self.channels)} halving stages make {self.grid_size * 2 ** len(self.channels)}: change one"
-            )
+        for field in ("num_encoder_layers", "num_decoder_layers"):
+            _check_count(f"depth_config.{field}", getattr(self, field), low=0, high=MOST_LAYERS)
+        for field, part in (("image_size", "grid_size"), ("hidden_size", "num_attention_heads")):
+            if getattr(self, field) % getattr(self, part):
+                raise ValueError(
+                    f"`depth_config.{field}` is {getattr(self, field)}, expected a multiple of `{part}`, which is "
+                    f"{getattr(self, part)}: change one"
+                )
+        if not isinstance(self.depth_offset, (int, float)) or not 1e-4 <= self.depth_offset <= 1e4:
+            raise ValueError(f"`depth_config.depth_offset` is {self.depth_offset!r}, expected 0.0001 to 10000")
         super().__post_init__(**kwargs)
 
     @property

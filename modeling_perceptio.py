@@ -206,7 +206,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         )
         model._check_report(report, pretrained_model_name_or_path, allow_missing, ignore_mismatched)
         model._check_numbers(pretrained_model_name_or_path)
-        model._check_codebook(pretrained_model_name_or_path)
+        if "depth" not in model.missing_branches:
+            model.depth_model.check_codebook(pretrained_model_name_or_path)
         return (model, report) if wants_report else model
 
     def _check_report(self, report: dict, name, allow_missing: bool, ignore_mismatched: bool) -> None:
@@ -238,19 +239,6 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             checked = key.startswith(parts) and weight.device.type != "meta" and weight.is_floating_point()
             if checked and not torch.isfinite(weight).all():
                 raise ValueError(f"{name} holds NaN or infinite values in {key}: fetch or save the folder again")
-
-    def _check_codebook(self, name) -> None:
-        recorded = self.config.depth_config.codebook_hash
-        if recorded is None or "depth" in self.missing_branches or self.depth_model.codebook.device.type == "meta":
-            return
-        if (
-            self.depth_model.codebook.dtype == torch.float32
-            and (found := self.depth_model.codebook_hash()) != recorded
-        ):
-            raise ValueError(
-                f"the codebook in {name} has hash {found}, but its config.json records {recorded}: codebook and model "
-                "belong to different depth tokenizers"
-            )
 
     def save_pretrained(self, save_directory, *args, max_shard_size: int | str = "5GB", **kwargs) -> None:
         """As in the library; the folder also gets the code, so that it is a whole Hub repository."""

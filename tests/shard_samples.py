@@ -58,5 +58,6 @@ def folder_of(path: Path, count: int, rows_per_shard: int = 20, rows_per_group: 
 
 def tiny_vqvae(seed: int = 0) -> DepthVQVAE:
     torch.manual_seed(seed)
-    sizes = {"image_size": 24, "grid_size": 3, "num_codes": 8, "code_dim": 16, "channels": [8, 16, 16]}
-    return DepthVQVAE(PerceptioDepthConfig(**sizes, num_residual_blocks=1)).eval()
+    sizes = {"image_size": 24, "grid_size": 3, "num_codes": 8, "code_dim": 16, "hidden_size": 16}
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2}
+    return DepthVQVAE(PerceptioDepthConfig(**sizes, **layers)).eval()

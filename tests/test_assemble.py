@@ -90,7 +90,14 @@ def parts(tmp_path_factory):
     found["sam"] = randomise(Sam2Model(tiny_mask_config()), 2)
     found["sam"].save_pretrained(folder / "sam")
     config = PerceptioDepthConfig(
-        image_size=24, grid_size=3, num_codes=CODES, code_dim=16, channels=[8, 16, 16], num_residual_blocks=1
+        image_size=24,
+        grid_size=3,
+        num_codes=CODES,
+        code_dim=16,
+        hidden_size=16,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_attention_heads=2,
     )
     found["depth"] = randomise(DepthVQVAE(config), 3)
     found["depth"].config.codebook_hash = found["depth"].codebook_hash()
@@ -393,7 +400,10 @@ def test_codebook_other_than_the_recorded_one_is_refused(parts, tmp_path):
 
 
 def _fields(config):
-    names = ("image_size", "grid_size", "num_codes", "code_dim", "channels", "num_residual_blocks")
+    names = (
+        "image_size", "grid_size", "num_codes", "code_dim", "hidden_size", "num_encoder_layers", "num_decoder_layers",
+        "num_attention_heads",
+    )  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
 

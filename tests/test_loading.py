@@ -141,7 +141,7 @@ def test_an_index_may_not_leave_the_folder(sharded):
 
 REMOVED = [
     "depth_model.codebook",
-    "depth_model.decoder.head.weight",
+    "depth_model.decoder.mend2.weight",
     "mask_model.mask_decoder.iou_token.weight",
     "mask_model.no_memory_embedding",
     "seg_projector.linear_2.bias",

@@ -2,11 +2,21 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from perceptio.configuration_perceptio import PerceptioDepthConfig
 from perceptio.modeling_depth_vqvae import DepthVQVAE, codebook_hash
 
-CONFIG = PerceptioDepthConfig(image_size=24, grid_size=3, num_codes=8, code_dim=16, channels=[8, 16, 16])
+CONFIG = PerceptioDepthConfig(
+    image_size=24,
+    grid_size=3,
+    num_codes=8,
+    code_dim=16,
+    hidden_size=16,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    num_attention_heads=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +90,8 @@ def test_the_hash_sees_values_and_shape_and_not_the_layout(vqvae):
         (torch.full((1, 4, 4), -0.5), "ranges from -0.5 to -0.5"),
         (torch.full((1, 4, 4), 255.0), "normalise it per picture"),
         (torch.zeros(4, 4), r"expected \[batch, height, width\]"),
+        (torch.zeros(1, 4, 0), r"has shape \(1, 4, 0\)"),
+        (torch.full((1, 4, 4), 200, dtype=torch.uint8), "is torch.uint8, expected floats in .0, 1."),
     ],
 )
 def test_bad_depth_is_refused_with_the_remedy(vqvae, depth, message):
@@ -104,3 +116,65 @@ def test_bad_ids_are_refused(vqvae, ids, message):
 def test_soft_merge_refuses_logits_of_the_whole_vocabulary(vqvae):
     with pytest.raises(ValueError, match=r"expected \[batch, 9, 8\]"):
         vqvae.soft_merge(torch.zeros(1, 9, 512))
+
+
+def test_the_warp_has_an_inverse_and_makes_equal_ratios_equal_steps(vqvae):
+    depth = torch.linspace(0, 1, 101)
+    warped = vqvae.warp(depth)
+    assert warped[0] == -1 and warped[-1] == pytest.approx(1, abs=1e-6) and (warped.diff() > 0).all()
+    torch.testing.assert_close(vqvae.unwarp(warped), depth, atol=1e-6, rtol=1e-5)
+    offset = CONFIG.depth_offset
+    near, far = (vqvae.warp(torch.tensor([v, 1.1 * (v + offset) - offset])).diff() for v in (0.8, 0.01))
+    torch.testing.assert_close(near, far)
+
+
+def test_training_the_decoded_map_moves_the_latents_towards_it(vqvae):
+    """What the reconstruction loss of the whole model rests on: a gradient through the frozen decoder."""
+    ids = torch.randint(8, (1, 9), generator=torch.Generator().manual_seed(1))
+    target = vqvae.decode(vqvae.lookup(ids)).detach()
+    logits = torch.zeros(1, 9, 8, requires_grad=True)
+    optimizer, errors = torch.optim.Adam([logits], 0.3), []
+    for _ in range(40):
+        error = (vqvae.decode(vqvae.soft_merge(logits)) - target).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.2 * errors[0]
+
+
+def _damage(folder, kind):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-50])
+        return
+    if kind == "missing":
+        weights.pop("encoder.trunk.leave.bias")
+    elif kind == "strange":
+        weights["decoder.head.weight"] = torch.zeros(3)
+    elif kind == "shape":
+        weights["decoder.mend2.bias"] = torch.zeros(2)
+    elif kind == "nan":
+        weights["decoder.mend2.bias"] = torch.full((1,), torch.nan)
+    elif kind == "codebook":
+        weights["codebook"] = weights["codebook"] + 1
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+DAMAGE = {
+    "cut": "model.safetensors",
+    "missing": "lacks weights, which would be random .encoder.trunk.leave.bias",
+    "strange": "no place for .decoder.head.weight",
+    "shape": "of other shapes than its config.json asks for .*mend2.bias",
+    "nan": "NaN or infinite values in decoder.mend2.bias",
+    "codebook": "has hash [0-9a-f]{16}, but its config.json records",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_folder_does_not_load(vqvae, tmp_path, kind):
+    vqvae.save_pretrained(tmp_path)
+    _damage(tmp_path, kind)
+    with pytest.raises(ValueError, match=DAMAGE[kind]):
+        DepthVQVAE.from_pretrained(tmp_path)
