@@ -1,0 +1,1 @@
+"""The depth tokenizer: its teacher, its training, its evaluation and its export."""

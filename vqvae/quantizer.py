@@ -1,0 +1,90 @@
+"""The codebook while it is learned: vector-quantize-pytorch's, a moving average of what falls to each code.
+
+The frozen tokenizer needs none of this.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modeling_depth_vqvae import DepthVQVAE
+
+SHARPNESS = 4.0  # of the distances to the codes, when a cell is asked which code it is
+
+
+class LearnedCodebook(nn.Module):
+    """Latents float[B, D, h, w] → (quantised latents, ids int[B, h*w], commitment).
+
+    It starts from k-means over the first latents that it sees.  A code that falls below `revive_below` cells a batch,
+    averaged, is placed anew on a latent of the batch.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int, *, decay: float, revive_below: float, processes: int = 1):
+        super().__init__()
+        try:
+            from vector_quantize_pytorch import VectorQuantize
+        except ImportError as error:
+            raise ImportError(f'{error}: training needs the extra "depth": pip install "perceptio[depth]"') from error
+        self.inner = VectorQuantize(
+            code_dim,
+            codebook_size=num_codes,
+            decay=decay,
+            kmeans_init=True,
+            kmeans_iters=20,
+            threshold_ema_dead_code=revive_below,
+            rotation_trick=False,
+            sync_codebook=processes > 1,
+        )
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        side = latents.shape[-1]
+        points = latents.float().flatten(2).transpose(1, 2)
+        with torch.autocast(latents.device.type, enabled=False):
+            quantised, ids, commitment = self.inner(points)
+        return quantised.transpose(1, 2).unflatten(2, (side, side)), ids, commitment.sum()
+
+    @property
+    def codes(self) -> Tensor:
+        """float32[K, D]"""
+        return self.inner.codebook.detach().float()
+
+    @property
+    def started(self) -> bool:
+        return bool(self.inner._codebook.initted)
+
+
+class DepthTraining(nn.Module):
+    """A tokenizer with the codebook that it learns, and the losses of a batch of maps."""
+
+    def __init__(self, vqvae: DepthVQVAE, codebook: LearnedCodebook):
+        super().__init__()
+        self.vqvae, self.codebook = vqvae, codebook
+
+    def forward(self, maps: Tensor, noise: Tensor | None, cycle: bool) -> dict[str, Tensor]:
+        """maps float[B, H, W] in [0, 1] at the tokenizer's resolution.
+
+        noise: float[B, D, h, w] that is laid on the latents before there are codes, or None once there are.
+
+        Returns recon (mean |error| of log depth, as a share of its range), commitment (distance from the latents to
+        their codes; before there are codes, how far their size is from 1), and once there are codes ids int[B, N] and,
+        when asked for, cycle (cross entropy of the decoded map's codes against those that it was decoded from).
+        """
+        target = self.vqvae.warp(maps)
+        latents = self.vqvae.encoder(target)
+        if noise is not None:
+            commitment = (latents.float().square().mean() - 1).abs()
+            return {"recon": self._recon(latents + noise, target)[0], "commitment": commitment}
+        quantised, ids, commitment = self.codebook(latents)
+        recon, decoded = self._recon(quantised, target)
+        losses = {"recon": recon, "commitment": commitment, "ids": ids}
+        return losses | {"cycle": self._cycle(decoded, ids)} if cycle else losses
+
+    def _recon(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        decoded = self.vqvae.decoder(latents).float()
+        return (decoded - target).abs().mean() / 2, decoded
+
+    def _cycle(self, decoded: Tensor, ids: Tensor) -> Tensor:
+        latents = self.vqvae.encoder(decoded.clamp(-1, 1)).float().flatten(2).transpose(1, 2)
+        codes = self.codebook.codes
+        distance = latents.square().sum(-1, keepdim=True) - 2 * latents @ codes.T + codes.square().sum(1)
+        return F.cross_entropy(-SHARPNESS * distance.flatten(0, 1), ids.flatten())
