@@ -56,18 +56,18 @@ class LearnedCodebook(nn.Module):
 class DepthTraining(nn.Module):
     """A tokenizer with the codebook that it learns, and the losses of a batch of maps."""
 
-    def __init__(self, vqvae: DepthVQVAE, codebook: LearnedCodebook):
+    def __init__(self, vqvae: DepthVQVAE, codebook: LearnedCodebook, loss: str = "l1"):
         super().__init__()
-        self.vqvae, self.codebook = vqvae, codebook
+        self.vqvae, self.codebook, self.loss = vqvae, codebook, loss
 
     def forward(self, maps: Tensor, noise: Tensor | None, cycle: bool) -> dict[str, Tensor]:
         """maps float[B, H, W] in [0, 1] at the tokenizer's resolution.
 
         noise: float[B, D, h, w] that is laid on the latents before there are codes, or None once there are.
 
-        Returns recon (mean |error| of log depth, as a share of its range), commitment (distance from the latents to
-        their codes; before there are codes, how far their size is from 1), and once there are codes ids int[B, N] and,
-        when asked for, cycle (cross entropy of the decoded map's codes against those that it was decoded from).
+        Returns recon (mean absolute or squared error of log depth, as a share of its range), commitment (distance from
+        the latents to their codes; before there are codes, how far their size is from 1), and once there are codes ids
+        int[B, N] and, when asked for, cycle (cross entropy of the decoded map's codes against those it came from).
         """
         target = self.vqvae.warp(maps)
         latents = self.vqvae.encoder(target)
@@ -81,7 +81,8 @@ class DepthTraining(nn.Module):
 
     def _recon(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         decoded = self.vqvae.decoder(latents).float()
-        return (decoded - target).abs().mean() / 2, decoded
+        error = (decoded - target) / 2
+        return error.abs().mean() if self.loss == "l1" else error.square().mean(), decoded
 
     def _cycle(self, decoded: Tensor, ids: Tensor) -> Tensor:
         latents = self.vqvae.encoder(decoded.clamp(-1, 1)).float().flatten(2).transpose(1, 2)

@@ -73,6 +73,7 @@ class DepthTrainingConfig:
     cool_from: float = field(default=0.4, metadata={"help": "share of the steps after which the learning rate falls"})
     codes_from: float = field(default=0.05, metadata={"help": "share of the steps without codes, before k-means"})
     noise: float = field(default=0.1, metadata={"help": "on the latents before there are codes"})
+    loss: str = field(default="l1", metadata={"help": "of log depth: l1 or l2"})
     commitment_weight: float = 0.25
     cycle_weight: float = field(default=0.02, metadata={"help": "of the decoded map having the same codes"})
     cycle_from: float = field(default=0.5, metadata={"help": "share of the steps without the cycle: it costs a third"})
@@ -99,6 +100,7 @@ class DepthTrainingConfig:
             "cycle_from": 0 <= self.cycle_from <= 1,
             "noise": 0 <= self.noise < math.inf,
             "code_decay": 0 <= self.code_decay < 1,
+            "loss": self.loss in ("l1", "l2"),
             "precision": self.precision in ("bf16", "fp16", "no"),
             "log_every": self.log_every >= 1,
             "eval_every": self.eval_every >= 1,
@@ -172,7 +174,7 @@ class Trainer:
             revive_below=config.revive_below,
             processes=self.accelerator.num_processes,
         )
-        training = DepthTraining(vqvae, codebook)
+        training = DepthTraining(vqvae, codebook, config.loss)
         optimizer = torch.optim.AdamW(training.parameters(), config.learning_rate, (0.9, 0.95))
         optimizer.param_groups[0]["weight_decay"] = config.weight_decay
         self.training, self.optimizer = self.accelerator.prepare(training, optimizer)
