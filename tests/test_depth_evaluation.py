@@ -121,7 +121,7 @@ def test_codes_are_numbered_from_far_to_near_and_decode_as_before():
 
 def test_a_frozen_tokenizer_carries_the_hash_and_loads(tmp_path):
     vqvae = tiny_vqvae()
-    export(vqvae.to(torch.bfloat16), tmp_path, evaluate(tiny_vqvae(), torch.rand(2, 24, 24)))
+    export(vqvae.to(torch.bfloat16), tmp_path)
     assert verify_manifest(tmp_path) == []
     loaded = DepthVQVAE.from_pretrained(tmp_path)
     assert loaded.config.codebook_hash == loaded.codebook_hash() == vqvae.codebook_hash()
@@ -141,6 +141,12 @@ def test_commands(maps_folder, tmp_path, capsys):
     tiny_vqvae().save_pretrained(tmp_path / "loose")
     assert freezing.main([str(tmp_path / "loose"), str(tmp_path / "frozen")]) == 0
     assert load_vqvae(tmp_path / "frozen").config.codebook_hash
+    again = [str(tmp_path / "frozen"), str(tmp_path / "measured"), "--maps", str(maps_folder)]
+    assert freezing.main(again) == 0
+    stated = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+    card = (tmp_path / "measured" / "README.md").read_text()
+    assert f"| mse | {stated['mse']:.4g} |" in card and "5 maps of `made up`, split `test`" in card
+    assert verify_manifest(tmp_path / "measured") == []
     out = tmp_path / "out"
     assert module.main([str(tmp_path / "frozen"), "--maps", str(maps_folder), "--out", str(out), "--rows", "2"]) == 0
     written = json.loads((out / "evaluation.json").read_text())

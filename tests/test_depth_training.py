@@ -91,7 +91,7 @@ def test_it_learns_and_ends_in_a_tokenizer_that_loads(whole):
     assert (depth_of_codes(vqvae).diff() >= 0).all(), "the codes are numbered from far to near"
     evaluation = json.loads((whole / "model" / "evaluation.json").read_text())
     assert evaluation["usage"] >= 0.5 and evaluation["maps"] > 5
-    assert (whole / "figures" / "final.png").stat().st_size > 1000
+    assert (whole / "model" / "evaluation.png").stat().st_size > 1000
 
 
 def test_a_run_that_is_killed_twice_has_the_same_curve_and_the_same_weights(whole, recipe, tmp_path):

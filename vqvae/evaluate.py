@@ -115,6 +115,13 @@ def evaluate(vqvae: DepthVQVAE, maps: MapSet | Tensor, count: int | None = None,
     }
 
 
+def report(vqvae: DepthVQVAE, maps: MapSet, count: int | None = None, progress: bool = False) -> dict:
+    """`evaluate`, with what was measured on what."""
+    facts = {"codebook": vqvae.codebook_hash(), "image_size": vqvae.config.image_size}
+    facts |= {name: maps.facts[name] for name in ("source", "split")}
+    return facts | evaluate(vqvae, maps, count, progress)
+
+
 @torch.no_grad()
 def draw(vqvae: DepthVQVAE, maps: Tensor) -> Image.Image:
     """A row for each map float[B, H, W]: depth, the grid of its codes, what comes back, and how far off that is."""
@@ -168,15 +175,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         vqvae, maps = load_vqvae(options.model, options.device), MapSet(options.maps)
-        result = evaluate(vqvae, maps, options.count, progress=True)
+        result = report(vqvae, maps, options.count, progress=True)
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "codebook": vqvae.codebook_hash(),
-            "image_size": vqvae.config.image_size,
-            "source": maps.facts["source"],
-        }
-        write_json(out / "evaluation.json", facts | {"split": maps.facts["split"], **result})
+        write_json(out / "evaluation.json", result)
         draw(vqvae, maps[range(min(options.rows, len(maps)))]).save(out / "evaluation.png")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"perceptio: {error}", file=sys.stderr)

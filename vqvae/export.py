@@ -1,6 +1,6 @@
 """Freeze a depth tokenizer: a folder that `DepthVQVAE.from_pretrained` and `perceptio assemble --depth` load.
 
-    python -m perceptio.vqvae.export build/depth-tiny checkpoints/depth-tiny
+    python -m perceptio.vqvae.export build/depth-tiny checkpoints/depth-tiny --maps build/depth-test
     python -m perceptio.vqvae.export some/perceptio-8b build/its-depth-tokenizer
 
 The hash of the codebook goes into config.json.  The codes of a data set carry the same hash, and a model refuses codes
@@ -13,14 +13,17 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..data.label import load_vqvae
 from ..data.manifest import write_json
 from ..hub.manifest import write_manifest
 from ..modeling_depth_vqvae import DepthVQVAE
+from .evaluate import draw, report
+from .maps import MapSet
 
-EVALUATION, TRAINING = "evaluation.json", "training.json"
+EVALUATION, TRAINING, PICTURE = "evaluation.json", "training.json", "evaluation.png"
 
 
 @torch.no_grad()
@@ -38,7 +41,13 @@ def sort_codes(vqvae: DepthVQVAE) -> DepthVQVAE:
     return vqvae
 
 
-def export(vqvae: DepthVQVAE, folder, evaluation: dict | None = None, training: dict | None = None) -> Path:
+def export(
+    vqvae: DepthVQVAE,
+    folder,
+    evaluation: dict | None = None,
+    training: dict | None = None,
+    picture: Image.Image | None = None,
+) -> Path:
     """Write the frozen tokenizer with its hash, and what is known of how it was trained and how good it is.
 
     Float32 whatever it was trained in: a rounded codebook would have another hash.
@@ -53,6 +62,8 @@ def export(vqvae: DepthVQVAE, folder, evaluation: dict | None = None, training: 
     for name, facts in ((EVALUATION, evaluation), (TRAINING, training)):
         if facts is not None:
             write_json(folder / name, facts)
+    if picture is not None:
+        picture.save(folder / PICTURE)
     (folder / "README.md").write_text(_card(vqvae, evaluation, training), encoding="utf-8")
     write_manifest(folder)
     return folder
@@ -74,9 +85,15 @@ def _card(vqvae: DepthVQVAE, evaluation: dict | None, training: dict | None) -> 
     if training is not None:
         lines.append(f"- trained on {training['maps']:,} maps of `{training['source']}`, {training['steps']:,} steps")
     if evaluation is not None:
-        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in evaluation.items())
-        lines.append(f"\nOn {evaluation['maps']:,} held-out maps:\n\n| measure | value |\n|---|---|\n{rows}")
+        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in evaluation.items() if isinstance(value, float))
+        where = f"{evaluation['maps']:,} maps of `{evaluation['source']}`, split `{evaluation['split']}`"
+        lines.append(f"\nOn {where}, which it was not trained on:\n\n| measure | value |\n|---|---|\n{rows}")
+        lines.append("\n![Depth, its codes, what they decode to, and the error](evaluation.png)\n")
     return "\n".join(lines) + "\n"
+
+
+def _read(path: Path) -> dict | None:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,16 +104,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="DIR", help="folder of a run, of a depth tokenizer, or of a Perceptio")
     parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--maps", metavar="DIR", help="measure it on these maps; otherwise its earlier figures are kept"
+    )
     options = parser.parse_args(arguments)
     source = Path(options.source)
     source = source / "model" if (source / "model" / "config.json").is_file() else source
     try:
         vqvae = load_vqvae(source)
-        facts = [
-            json.loads((source / name).read_text("utf-8")) if (source / name).is_file() else None
-            for name in (EVALUATION, TRAINING)
-        ]
-        export(vqvae, options.out, *facts)
+        training, evaluation, picture = _read(source / TRAINING), _read(source / EVALUATION), None
+        if options.maps:
+            maps = MapSet(options.maps)
+            evaluation, picture = report(vqvae, maps, progress=True), draw(vqvae, maps[range(min(6, len(maps)))])
+        elif (source / PICTURE).is_file():
+            picture = Image.open(source / PICTURE)
+        export(vqvae, options.out, evaluation, training, picture)
     except (ValueError, OSError) as error:
         print(f"perceptio: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,7 @@ from transformers import HfArgumentParser
 from ..configuration_perceptio import PerceptioDepthConfig
 from ..data.manifest import write_json
 from ..modeling_depth_vqvae import DepthVQVAE
-from .evaluate import draw, evaluate
+from .evaluate import draw, evaluate, report
 from .export import export, sort_codes
 from .maps import MapSet, write_maps
 from .quantizer import DepthTraining, LearnedCodebook
@@ -339,12 +339,10 @@ class Trainer:
         result: dict = {}
         if self.main:
             vqvae = self.frozen()
-            result = evaluate(vqvae, self.eval_maps)
+            result = report(vqvae, self.eval_maps)
+            picture = draw(vqvae, self.eval_maps[range(min(DRAWN, len(self.eval_maps)))])
             facts = {"source": self.train_maps.facts["source"], "maps": len(self.train_maps)}
-            export(vqvae, self.out / "model", evaluation=result, training={**facts, **self.config.recipe()})
-            draw(vqvae, self.eval_maps[range(min(DRAWN, len(self.eval_maps)))]).save(
-                self.out / "figures" / "final.png"
-            )
+            export(vqvae, self.out / "model", result, {**self.config.recipe(), **facts}, picture)
         self.accelerator.wait_for_everyone()
         return result
 
