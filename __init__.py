@@ -22,6 +22,7 @@ from .processing_perceptio import PerceptioProcessor, add_perception_tokens, loa
 __version__ = "0.1.0"
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints" / "perceptio-tiny"
+DEFAULT_DEPTH_MODEL = Path(__file__).parent / "checkpoints" / "depth-tiny"
 
 
 def _register() -> None:
@@ -41,6 +42,7 @@ def _register() -> None:
 _register()
 
 __all__ = [
+    "DEFAULT_DEPTH_MODEL",
     "DEFAULT_MODEL",
     "DepthSpanError",
     "DepthVQVAE",

@@ -49,9 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_others(commands) -> None:
     from perceptio.data import command as data
     from perceptio.hub import assemble
+    from perceptio.vqvae import label
     from perceptio.world import command as world
 
-    for module in (assemble, data, world):
+    for module in (assemble, data, label, world):
         module.add_parser(commands)
 
 

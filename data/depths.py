@@ -5,6 +5,8 @@ On disk: a 16-bit picture whose value 0 has no value, and v = 1 … 65535 is (v 
 """
 
 import os
+import tempfile
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 MAX_DEPTH_PIXELS = 64_000_000
 TOP = 65534
 KINDS = ("inverse", "metres")
+EXR_START = b"\x76\x2f\x31\x01"
 
 
 class DepthError(ValueError):
@@ -44,20 +47,28 @@ def decode_depth(data: bytes) -> np.ndarray:
     return np.where(values == 0, np.float32("nan"), (values.astype(np.float32) - 1) / TOP)
 
 
-def read_depth(source, name: str = "the depth map", kind: str = "inverse") -> np.ndarray:
-    """A person's own depth file → float32[H, W] as above.
+def read_depth(source, name: str = "the depth map", kind: str = "inverse", unit: float = 1.0) -> np.ndarray:
+    """A person's own depth file → float32[H, W] as above."""
+    return normalise(read_values(source, name, kind, unit), kind)
 
-    source: path or bytes of an 8- or 16-bit PNG, a TIFF of floats, or an .npy file of numbers.
+
+def read_values(source, name: str = "the depth map", kind: str = "inverse", unit: float = 1.0) -> np.ndarray:
+    """A person's own depth file → float64[H, W] as measured, NaN for no value.
+
+    source: path or bytes of an 8- or 16-bit PNG, a TIFF of floats, an OpenEXR file or an .npy file of numbers.
     kind: "inverse" (larger is nearer) or "metres" (larger is farther).  Zeros of whole-number pictures and of metres
     and NaN have no value.
+    unit: what one step of the file is worth, as 0.001 for metres that are stored as millimetres.
     """
+    if not (isinstance(unit, (int, float)) and 0 < unit < float("inf")):
+        raise DepthError(f"`unit` of {name} is {unit!r}, expected a number above 0, as 0.001 for millimetres")
     values = _pixels(source, name)
     if values.ndim != 2:
         raise DepthError(f"{name} has shape {values.shape}, expected [H, W]: save one channel")
     if values.dtype.kind not in "uif":
         raise DepthError(f"{name} holds values of type {values.dtype}, expected numbers")
     valid = ~np.isnan(values) if values.dtype.kind == "f" else values != 0
-    values = values.astype(np.float64)
+    values = values.astype(np.float64) * unit
     if np.isinf(values).any():
         raise DepthError(f"{name} holds infinite values, expected finite ones: write NaN or 0 where there is no value")
     if kind == "metres":
@@ -66,7 +77,24 @@ def read_depth(source, name: str = "the depth map", kind: str = "inverse") -> np
         raise DepthError(f"{name} holds negative values ({values[valid].min():g}), expected 0 or more")
     if not valid.any():
         raise DepthError(f"{name} has no valid value, expected some that are neither 0 nor NaN: leave the depth out")
-    return normalise(np.where(valid, values, np.nan), kind)
+    return np.where(valid, values, np.nan)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a normalised map was before: the value v stands for `low + v * (high - low)`, in the unit of `kind`.
+
+    kind: "inverse", or "metres", of which the inverse (1 / metres) is meant.
+    """
+
+    low: float
+    high: float
+    kind: str = "inverse"
+
+    def undo(self, depth: np.ndarray) -> np.ndarray:
+        """float[H, W] in [0, 1] → the values as they were measured, but for those that were cut at the ends."""
+        values = self.low + np.asarray(depth, np.float64) * (self.high - self.low)
+        return values if self.kind == "inverse" else 1 / np.maximum(values, 1e-12)
 
 
 def normalise(values: np.ndarray, kind: str = "inverse", low: float = 2, high: float = 98) -> np.ndarray:
@@ -75,6 +103,13 @@ def normalise(values: np.ndarray, kind: str = "inverse", low: float = 2, high: f
     Metres are inverted first.  The `low` and `high` percentiles go to 0 and 1 and what lies beyond is cut, so that one
     wrong pixel does not squeeze the rest; when they are equal the extremes do, and a constant map is 0 everywhere.
     """
+    return normalise_with_scale(values, kind, low, high)[0]
+
+
+def normalise_with_scale(
+    values: np.ndarray, kind: str = "inverse", low: float = 2, high: float = 98
+) -> tuple[np.ndarray, Scale | None]:
+    """As `normalise`, with what 0 and 1 stand for; None for a map without any value."""
     if kind not in KINDS:
         raise DepthError(f"the kind of depth is {kind!r}, expected one of {', '.join(KINDS)}")
     values = np.asarray(values, np.float64)
@@ -84,13 +119,13 @@ def normalise(values: np.ndarray, kind: str = "inverse", low: float = 2, high: f
             raise DepthError(f"the metres reach down to {values[valid].min():g}, expected more than 0, or NaN")
         values = 1 / values
     if not valid.any():
-        return np.full(values.shape, np.nan, np.float32)
+        return np.full(values.shape, np.nan, np.float32), None
     bottom, top = np.percentile(values[valid], [low, high])
     if top <= bottom:
         bottom, top = values[valid].min(), values[valid].max()
     spread = top - bottom
     scaled = np.clip((values - bottom) / spread, 0, 1) if spread > 0 else np.where(valid, 0.0, np.nan)
-    return np.where(valid, scaled, np.nan).astype(np.float32)
+    return np.where(valid, scaled, np.nan).astype(np.float32), Scale(float(bottom), float(top), kind)
 
 
 def _pixels(source, name: str) -> np.ndarray:
@@ -101,6 +136,8 @@ def _pixels(source, name: str) -> np.ndarray:
     try:
         if data[:6] == b"\x93NUMPY":
             return _numpy(data, name)
+        if data[:4] == EXR_START:
+            return _exr(data, name)
         with Image.open(BytesIO(data), formats=("PNG", "TIFF")) as picture:
             if picture.width * picture.height > MAX_DEPTH_PIXELS:
                 raise DepthError(
@@ -118,9 +155,31 @@ def _pixels(source, name: str) -> np.ndarray:
         raise
     except Exception as error:  # the decoders raise nearly anything
         raise DepthError(
-            f"{name} is no depth map that can be read ({error}), expected a 16-bit PNG, a TIFF of floats or an .npy "
-            "file"
+            f"{name} is no depth map that can be read ({error}), expected a 16-bit PNG, a TIFF of floats, an "
+            "OpenEXR or an .npy file"
         ) from error
+
+
+def _exr(data: bytes, name: str) -> np.ndarray:
+    """The channel Z, Y or R, or the only one; of a picture in RGB all three must be equal."""
+    try:
+        import OpenEXR
+    except ImportError as error:
+        raise DepthError(
+            f'{name} is an OpenEXR file, which needs the extra "label": pip install "perceptio[label]"'
+        ) from error
+    with tempfile.NamedTemporaryFile(suffix=".exr") as file:
+        file.write(data)
+        file.flush()
+        with OpenEXR.File(file.name) as opened:
+            if not opened.parts:
+                raise DepthError(f"{name} is a damaged OpenEXR file, expected a whole one: write it again")
+            channels = {key: np.asarray(channel.pixels) for key, channel in opened.channels().items()}
+    key = next((key for key in ("Z", "Y", "R", "RGB") if key in channels), next(iter(channels)))
+    values = channels[key]
+    if values.ndim == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def _numpy(data: bytes, name: str) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Labelling: a picture → its depth map → its depth codes.  Pure functions of a batch of rows.
 
-A teacher is any callable from a list of PIL pictures to a list of maps float[H, W] of the whole picture, at any size
-and scale; its attribute `kind` says whether they are "inverse" depth (the default) or "metres".
+Teachers are described in `perceptio.vqvae.teacher`.
 """
 
 import json
@@ -12,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
 
 from ..configuration_perceptio import PerceptioDepthConfig
 from ..files_perceptio import check_weight_files, weight_files
 from ..modeling_depth_vqvae import DepthVQVAE
 from ..processing_perceptio import PictureError, load_picture
+from ..vqvae.teacher import ask, teacher_from
 from .depths import DepthError, decode_depth, encode_depth, normalise
 from .validate import check_record
 
@@ -64,7 +63,7 @@ def _add_depth(rows: list[dict], problems: list, teacher: Callable | None, codeb
             waiting.append(index)
         except PictureError as error:
             problems[index] = f"damaged picture: {error}"
-    for index, picture, values in zip(waiting, pictures, _ask(teacher, pictures), strict=True):
+    for index, picture, values in zip(waiting, pictures, ask(teacher, pictures), strict=True):
         try:
             if isinstance(values, Exception):
                 raise values
@@ -74,23 +73,13 @@ def _add_depth(rows: list[dict], problems: list, teacher: Callable | None, codeb
             problems[index] = f"teacher failed: {' '.join(str(error).split())[:200]}"
 
 
-def _ask(teacher: Callable, pictures: list[Image.Image]) -> list:
-    """The teacher's map of each picture.  Where it fails on a batch it is asked for each: a map, or the error."""
-    if not pictures:
-        return []
-    try:
-        maps = list(teacher(pictures))
-    except (ValueError, RuntimeError) as error:
-        return (
-            [error] if len(pictures) == 1 else [values for picture in pictures for values in _ask(teacher, [picture])]
-        )
-    if len(maps) != len(pictures):
-        raise TypeError(f"the teacher gave {len(maps)} maps for {len(pictures)} pictures, expected one for each")
-    return maps
-
-
 def finish_depth(values: np.ndarray, size: tuple[int, int], kind: str = "inverse") -> np.ndarray:
     """A teacher's map → float32 in [0, 1] in the shape of a picture of `size` (width, height), or smaller."""
+    return normalise(fit_depth(values, size), kind)
+
+
+def fit_depth(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A teacher's map, in its own unit → the same in the shape of a picture of `size` (width, height), or smaller."""
     if values.ndim != 2 or 0 in values.shape:
         raise DepthError(f"the map has shape {values.shape}, expected [height, width]")
     if not np.isfinite(values).all():
@@ -101,7 +90,7 @@ def finish_depth(values: np.ndarray, size: tuple[int, int], kind: str = "inverse
     values = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None, None]
     if values.shape[-2:] != shape:
         values = F.interpolate(values, size=shape, mode="bilinear", align_corners=False, antialias=True)
-    return normalise(values[0, 0].numpy(), kind)
+    return values[0, 0].numpy()
 
 
 @torch.no_grad()
@@ -135,33 +124,6 @@ def _fill(depth: np.ndarray, holes: np.ndarray) -> np.ndarray:
     empty = count == 0
     coarse = _fill(coarse, empty) if empty.any() else coarse
     return np.where(holes, coarse.repeat(2, 0).repeat(2, 1)[:height, :width], depth)
-
-
-class DepthTeacher:
-    """A depth-estimation model of transformers (Depth Anything V2, DPT, …) as a teacher."""
-
-    def __init__(self, name: str, device: str = "cpu"):
-        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
-
-        self.processor = AutoImageProcessor.from_pretrained(name)
-        self.model = AutoModelForDepthEstimation.from_pretrained(name, use_safetensors=True).to(device).eval()
-        metric = getattr(self.model.config, "depth_estimation_type", "relative") == "metric"
-        self.kind = "metres" if metric else "inverse"
-
-    @torch.no_grad()
-    def __call__(self, pictures: list[Image.Image]) -> list[np.ndarray]:
-        maps: dict[int, np.ndarray] = {}
-        for size in sorted({picture.size for picture in pictures}):  # only equal pictures make one tensor
-            chosen = [index for index, picture in enumerate(pictures) if picture.size == size]
-            inputs = self.processor(images=[pictures[index] for index in chosen], return_tensors="pt")
-            found = self.model(inputs["pixel_values"].to(self.model.device)).predicted_depth
-            maps.update(zip(chosen, found.float().cpu().numpy(), strict=True))
-        return [maps[index] for index in range(len(pictures))]
-
-
-def teacher_from(name: str, device: str = "cpu") -> Callable | None:
-    """ "none", or the folder or Hub id of a depth-estimation model of transformers."""
-    return None if name == "none" else DepthTeacher(name, device)
 
 
 def load_vqvae(folder, device: str = "cpu") -> DepthVQVAE:

@@ -12,18 +12,17 @@ from perceptio.data.depths import DepthError, decode_depth, encode_depth, normal
 from perceptio.data.label import (
     LONGEST_SIDE,
     PROBLEM,
-    DepthTeacher,
     Labeller,
     encode_codes,
     fill_holes,
     finish_depth,
     label_batch,
     load_vqvae,
-    teacher_from,
 )
 from perceptio.data.record import COLUMNS, assistant, user
 from perceptio.data.validate import check_record
 from perceptio.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio.vqvae.teacher import DepthTeacher, teacher_from
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,351 @@
+"""`perceptio label`: pictures → depth maps and their codes.
+
+    OUT/depth/<path of the picture>.png   relative inverse depth, 16 bits, 0 = no value
+    OUT/metadata.jsonl                    a line for each picture: its depth, what 0 and 1 stood for, its codes
+    OUT/problems.jsonl                    pictures that could not be labelled, and why
+    OUT/labels.json                       what it was made with; written last, so a folder that has it is finished
+
+Pictures are taken in the order of their paths, in batches that stay the same when the command is run again, so that a
+killed run goes on and ends with the bytes of one that was not.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import DEFAULT_DEPTH_MODEL
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+DEPTH_ENDINGS = (".png", ".tif", ".tiff", ".npy", ".exr")
+METADATA, PROBLEMS, NOTE = "metadata.jsonl", "problems.jsonl", "labels.json"
+BEGUN, LOCK = ".labels.begun.json", ".labels.lock"
+EPILOG = """Examples:
+  perceptio label --images photos --out labels
+  perceptio label --images photos --out labels --teacher none --depth lidar --depth-kind metres --depth-unit 0.001
+  perceptio label --images build/raw --out build/labelled --workers 4     # shards with a manifest.json"""
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "label",
+        help="give pictures depth maps and depth codes",
+        description="A folder of pictures, or of shards, gets the depth that a teacher sees in each picture (or depth "
+        "that you have), and the codes of a depth tokenizer. Pictures that cannot be used are listed and left out. "
+        "Run again after an interruption, it goes on.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images", metavar="DIR", required=True, help="pictures, in sub-folders too; or shards")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument(
+        "--vqvae", metavar="DIR", help="depth tokenizer, or a whole Perceptio (default: the one that ships)"
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="NAME",
+        default="small",
+        help="small, base, large (Depth Anything V2), the folder or Hub id of another depth model, or none "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--depth", metavar="DIR", help="your depth files, named as the pictures; with --teacher none")
+    parser.add_argument(
+        "--depth-kind", choices=("inverse", "metres"), default="inverse", help="larger is nearer, or farther"
+    )
+    parser.add_argument(
+        "--depth-unit", type=float, default=1.0, metavar="X", help="of a step, e.g. 0.001 for millimetres"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes, for shards (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
+    parser.set_defaults(run=run)
+
+
+def run(options) -> int:
+    images = Path(options.images)
+    if not images.is_dir():
+        raise FileNotFoundError(f"`--images` is {images}, expected a folder of pictures or of shards")
+    if options.batch_size < 1 or options.workers < 1:
+        raise ValueError(
+            f"`--batch-size` is {options.batch_size} and `--workers` {options.workers}, expected 1 or more"
+        )
+    if not 0 < options.depth_unit < float("inf"):
+        raise ValueError(f"`--depth-unit` is {options.depth_unit}, expected a number above 0")
+    if (options.depth is None) != (options.teacher != "none") and not (images / "manifest.json").is_file():
+        raise ValueError(
+            "`--depth` and `--teacher none` belong together: give both for depth that you have, or neither"
+        )
+    vqvae = options.vqvae or str(DEFAULT_DEPTH_MODEL)
+    if not (Path(vqvae) / "config.json").is_file():
+        raise FileNotFoundError(f"`--vqvae` is {vqvae}, expected the folder of a depth tokenizer or of a Perceptio")
+    device = _device(options.device)
+    try:
+        return (_label_shards if (images / "manifest.json").is_file() else _label_pictures)(options, vqvae, device)
+    except ImportError as error:
+        raise ImportError(f'{error}: labelling needs the extra "label": pip install "perceptio[label]"') from error
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _label_shards(options, vqvae: str, device: str) -> int:
+    from ..data.job import run_job
+    from ..data.label import Labeller
+    from ..data.tally import Tally
+
+    manifest = run_job(
+        options.images,
+        options.out,
+        Labeller(vqvae, options.teacher, device),
+        workers=options.workers,
+        batch_size=options.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    for split, entry in manifest["splits"].items():
+        print(Tally(split).add(entry["tally"]))
+    return 0
+
+
+def _label_pictures(options, vqvae: str, device: str) -> int:
+    from ..data.label import load_vqvae
+    from .teacher import licence_of, teacher_from
+
+    kind, unit = options.depth_kind, options.depth_unit
+    measured = None if options.depth is None else Measured(Path(options.depth), kind, unit)
+    facts = {
+        "images": Path(options.images).resolve().name,
+        "teacher": Path(options.teacher).name if Path(options.teacher).exists() else options.teacher,
+        "teacher_licence": licence_of(options.teacher),
+        "depth_kind": None if measured is None else kind,
+        "depth_unit": None if measured is None else unit,
+    }
+    model = load_vqvae(vqvae, device)
+    source = measured or Taught(teacher_from(options.teacher, device))
+    note = label_folder(
+        options.images, options.out, source, model, facts, batch_size=options.batch_size, progress=True
+    )
+    print(f"{options.out}: {note['pictures']} pictures labelled, {sum(note['left_out'].values())} left out")
+    for reason, count in note["left_out"].items():
+        print(f"  {count} × {reason} (see {Path(options.out) / PROBLEMS})")
+    return 1 if note["left_out"] else 0
+
+
+class Taught:
+    """Depth from a teacher: pictures → maps in its own unit, or the error instead."""
+
+    def __init__(self, teacher: Callable):
+        self.teacher, self.kind = teacher, getattr(teacher, "kind", "inverse")
+
+    def __call__(self, pictures: list, names: list[str]) -> list:
+        import numpy as np
+
+        from ..data.label import fit_depth
+        from .teacher import ask
+
+        found = ask(self.teacher, pictures)
+        return [
+            values if isinstance(values, Exception) else _or_error(fit_depth, np.asarray(values), picture.size)
+            for values, picture in zip(found, pictures, strict=True)
+        ]
+
+
+class Measured:
+    """Depth from files of a person's own, under the names of the pictures."""
+
+    def __init__(self, folder: Path, kind: str, unit: float):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"`--depth` is {folder}, expected a folder of depth files")
+        self.folder, self.kind, self.unit = folder, kind, unit
+
+    def __call__(self, pictures: list, names: list[str]) -> list:
+        return [_or_error(self._read, picture, name) for picture, name in zip(pictures, names, strict=True)]
+
+    def _read(self, picture, name: str):
+        from ..data.depths import DepthError, read_values
+
+        bare = (self.folder / name).with_suffix("")
+        path = next((bare.with_suffix(end) for end in DEPTH_ENDINGS if bare.with_suffix(end).is_file()), None)
+        if path is None:
+            raise DepthError(
+                f"no depth: {self.folder} has no {Path(name).stem} with one of {', '.join(DEPTH_ENDINGS)}"
+            )
+        values = read_values(path, path.name, self.kind, self.unit)
+        if abs(values.shape[1] / values.shape[0] * picture.height / picture.width - 1) > 0.02:
+            raise DepthError(
+                f"{path.name} is {values.shape[1]} × {values.shape[0]}, its picture {picture.width} × "
+                f"{picture.height}: expected the same shape, whatever the size"
+            )
+        return values
+
+
+def _or_error(function: Callable, *arguments):
+    try:
+        return function(*arguments)
+    except (ValueError, RuntimeError, OSError) as error:
+        return error
+
+
+def label_folder(
+    images, out, source: Callable, vqvae, facts: dict, *, batch_size: int = 8, progress: bool = False
+) -> dict:
+    """Label every picture below `images`; returns the content of labels.json.
+
+    source: (pictures, their names) → for each a map float[H, W] of `source.kind`, or an exception.
+    facts: what decides the result besides the tokenizer; a folder that was begun with others is refused.
+    """
+    from tqdm import tqdm
+
+    from ..data.manifest import write_json
+
+    images, out = Path(images), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _only_one(out):
+        wanted = {**facts, "codebook": vqvae.codebook_hash(), "batch_size": batch_size}
+        _check_begun(out, wanted)
+        names = list(find_pictures(images, out))
+        if not names:
+            raise FileNotFoundError(f"{images} holds no picture ({', '.join(sorted(ENDINGS))}): name another folder")
+        done = _go_on(out, names, batch_size)
+        bar = tqdm(total=len(names), initial=done, unit=" pictures", disable=None if progress else True)
+        for start in range(done, len(names), batch_size):
+            batch = names[start : start + batch_size]
+            lines, problems = _label_batch(images, out, batch, source, vqvae)
+            _append(out / METADATA, lines)
+            _append(out / PROBLEMS, problems)
+            bar.update(len(batch))
+        bar.close()
+        left_out = Counter(line["problem"].partition(":")[0] for line in _read_lines(out / PROBLEMS))
+        note = {**wanted, "pictures": len(_read_lines(out / METADATA)), "left_out": dict(sorted(left_out.items()))}
+        write_json(out / NOTE, note)
+        (out / BEGUN).unlink(missing_ok=True)
+        return note
+
+
+def _check_begun(out: Path, wanted: dict) -> None:
+    from ..data.manifest import write_json
+    from ..data.record import DataError
+
+    for name in (NOTE, BEGUN):
+        if (out / name).is_file():
+            found = json.loads((out / name).read_text("utf-8"))
+            if changed := [key for key in wanted if found.get(key) != wanted[key]]:
+                raise DataError(
+                    f"{out} was labelled with another `{changed[0]}` ({found.get(changed[0])!r}), expected "
+                    f"{wanted[changed[0]]!r}: name another folder, or remove this one"
+                )
+    write_json(out / BEGUN, wanted)
+
+
+@contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Two runs that append to one file would tear its lines.  A killed one gives the lock up."""
+    from ..data.record import DataError
+
+    with open(out / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"another run is labelling into {out}: wait for it, or name another folder") from error
+        yield
+
+
+def find_pictures(images: Path, out: Path) -> Iterator[str]:
+    """Paths of the pictures below a folder, sorted, without the depth maps that were written into it."""
+    for path in sorted(images.rglob("*")):
+        own = out / "depth" in path.parents
+        hidden = any(part.startswith(".") for part in path.relative_to(images).parts)
+        if path.suffix.lower() in ENDINGS and path.is_file() and not own and not hidden:
+            yield path.relative_to(images).as_posix()
+
+
+def _go_on(out: Path, names: list[str], batch_size: int) -> int:
+    """How many of the pictures are done; what was written of a batch that was not finished is taken back."""
+    seen = {line["image"] for name in (METADATA, PROBLEMS) for line in _read_lines(out / name)}
+    done = 0
+    while done < len(names) and all(name in seen for name in names[done : done + batch_size]):
+        done = min(done + batch_size, len(names))
+    kept = set(names[:done])
+    for name in (METADATA, PROBLEMS):
+        lines = [line for line in _read_lines(out / name) if line["image"] in kept]
+        half = out / f".{name}.incomplete"
+        half.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        os.replace(half, out / name)
+    return done
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """The whole lines of a file; the last may be torn."""
+    found: list[dict] = []
+    if path.is_file():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+    return found
+
+
+def _append(path: Path, lines: list[dict]) -> None:
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _label_batch(images: Path, out: Path, names: list[str], source, vqvae) -> tuple[list[dict], list[dict]]:
+    from ..processing_perceptio import PictureError, load_picture
+
+    problems, pictures = {}, {}
+    for name in names:
+        try:
+            pictures[name] = load_picture(str(images / name))
+        except (PictureError, OSError) as error:
+            problems[name] = f"damaged picture: {' '.join(str(error).split())}"
+    lines = {}
+    for name, values in zip(pictures, source(list(pictures.values()), list(pictures)), strict=True):
+        try:
+            if isinstance(values, Exception):
+                raise values
+            lines[name] = _finish(out, name, values, source.kind, vqvae)
+        except (ValueError, RuntimeError) as error:
+            problems[name] = f"unusable depth: {' '.join(str(error).split())[:300]}"
+    return (
+        [{"image": name, **lines[name]} for name in names if name in lines],
+        [{"image": name, "problem": problems[name]} for name in names if name in problems],
+    )
+
+
+def _finish(out: Path, name: str, values, kind: str, vqvae) -> dict:
+    """Write the map of one picture; its line, without the picture's name."""
+    from ..data.depths import decode_depth, encode_depth, normalise_with_scale
+    from ..data.label import encode_codes
+
+    depth, scale = normalise_with_scale(values, kind)
+    data = encode_depth(depth)
+    codes = encode_codes(decode_depth(data), vqvae)  # of what is stored, so that they can be made again from it
+    path = out / "depth" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.incomplete")
+    half.write_bytes(data)
+    os.replace(half, path)
+    return {
+        "depth": path.relative_to(out).as_posix(),
+        **{f"depth_{key}": value for key, value in asdict(scale).items()},
+        "depth_codes": codes,
+        "depth_codebook": vqvae.codebook_hash(),
+    }
