@@ -3,6 +3,8 @@
 The frozen tokenizer needs none of this.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,8 +68,9 @@ class DepthTraining(nn.Module):
         noise: float[B, D, h, w] that is laid on the latents before there are codes, or None once there are.
 
         Returns recon (mean absolute or squared error of log depth, as a share of its range), commitment (distance from
-        the latents to their codes; before there are codes, how far their size is from 1), and once there are codes ids
-        int[B, N] and, when asked for, cycle (cross entropy of the decoded map's codes against those it came from).
+        the latents to their codes; before there are codes, how far their size is from 1), and once there are codes
+        ids int[B, N], idle (how unevenly the codes are used) and, when asked for, cycle (cross entropy of the decoded
+        map's codes against those it came from).
         """
         target = self.vqvae.warp(maps)
         latents = self.vqvae.encoder(target)
@@ -76,7 +79,7 @@ class DepthTraining(nn.Module):
             return {"recon": self._recon(latents + noise, target)[0], "commitment": commitment}
         quantised, ids, commitment = self.codebook(latents)
         recon, decoded = self._recon(quantised, target)
-        losses = {"recon": recon, "commitment": commitment, "ids": ids}
+        losses = {"recon": recon, "commitment": commitment, "idle": self._idle(latents), "ids": ids}
         return losses | {"cycle": self._cycle(decoded, ids)} if cycle else losses
 
     def _recon(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +87,15 @@ class DepthTraining(nn.Module):
         error = (decoded - target) / 2
         return error.abs().mean() if self.loss == "l1" else error.square().mean(), decoded
 
+    def _closeness(self, latents: Tensor) -> Tensor:
+        """float[B*N, K], the larger the nearer."""
+        points, codes = latents.float().flatten(2).transpose(1, 2).flatten(0, 1), self.codebook.codes
+        return -SHARPNESS * (points.square().sum(1, keepdim=True) - 2 * points @ codes.T + codes.square().sum(1))
+
+    def _idle(self, latents: Tensor) -> Tensor:
+        """How far the codes are from being used alike: 0 when they are, log K when one does all the work."""
+        share = self._closeness(latents).softmax(1).mean(0)
+        return math.log(len(share)) + (share * share.clamp(min=1e-12).log()).sum()
+
     def _cycle(self, decoded: Tensor, ids: Tensor) -> Tensor:
-        latents = self.vqvae.encoder(decoded.clamp(-1, 1)).float().flatten(2).transpose(1, 2)
-        codes = self.codebook.codes
-        distance = latents.square().sum(-1, keepdim=True) - 2 * latents @ codes.T + codes.square().sum(1)
-        return F.cross_entropy(-SHARPNESS * distance.flatten(0, 1), ids.flatten())
+        return F.cross_entropy(self._closeness(self.vqvae.encoder(decoded.clamp(-1, 1))), ids.flatten())

@@ -75,8 +75,10 @@ class DepthTrainingConfig:
     noise: float = field(default=0.1, metadata={"help": "on the latents before there are codes"})
     loss: str = field(default="l1", metadata={"help": "of log depth: l1 or l2"})
     commitment_weight: float = 0.25
+    idle_weight: float = field(default=0.004, metadata={"help": "of codes being used alike"})
+    idle_from: float = field(default=0.45, metadata={"help": "share of the steps without that"})
     cycle_weight: float = field(default=0.02, metadata={"help": "of the decoded map having the same codes"})
-    cycle_from: float = field(default=0.5, metadata={"help": "share of the steps without the cycle: it costs a third"})
+    cycle_from: float = field(default=0.6, metadata={"help": "share of the steps without the cycle: it costs a third"})
     code_decay: float = field(default=0.99, metadata={"help": "of the moving averages of the codes"})
     revive_below: float = field(default=1.0, metadata={"help": "cells a batch; a code with fewer is placed anew"})
     flip: bool = field(default=True, metadata={"help": "mirror half of the maps"})
@@ -97,6 +99,7 @@ class DepthTrainingConfig:
             "learning_rate": 0 < self.learning_rate < 1,
             "cool_from": 0 <= self.cool_from <= 1,
             "codes_from": 0 <= self.codes_from < 1,
+            "idle_from": 0 <= self.idle_from <= 1,
             "cycle_from": 0 <= self.cycle_from <= 1,
             "noise": 0 <= self.noise < math.inf,
             "code_decay": 0 <= self.code_decay < 1,
@@ -230,6 +233,8 @@ class Trainer:
             group["lr"] = config.learning_rate * learning_rate_share(self.step, config)
         losses = self.training(maps.to(device), noise.to(device) if warm else None, cycle)
         loss = losses["recon"] + config.commitment_weight * losses["commitment"]
+        if not warm and self.step >= config.idle_from * config.steps:
+            loss = loss + config.idle_weight * losses["idle"]
         if cycle:
             loss = loss + config.cycle_weight * losses["cycle"]
         self._check(loss)
