@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: help demo test check bench gpu clean
+.PHONY: help demo test check bench depth gpu clean
 
 help:
 	@echo "make demo    install, and ask a question about a picture (with an untrained model until one is trained)"
 	@echo "make test    install, and run the tests (CPU, offline)"
 	@echo "make check   make test with the slow tests, after format and lint"
+	@echo "make depth   train the depth tokenizer on rendered scenes, measure and freeze it (about an hour on two cores)"
 	@echo "make bench   run every benchmark under bench/, results in bench/results/"
 	@echo "make gpu     what only a CUDA device can show, in resumable chunks"
 
@@ -45,6 +46,11 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+depth: $(INSTALLED)
+	$(BIN)/python -m perceptio.vqvae.train --config recipes/depth/tiny.yaml --out build/depth-tiny
+	$(BIN)/python -m perceptio.vqvae.maps build/depth-tiny/maps/test --split test --count 1000 --side 80
+	$(BIN)/python -m perceptio.vqvae.export build/depth-tiny checkpoints/depth-tiny --maps build/depth-tiny/maps/test
 
 gpu: $(INSTALLED)
 	$(BIN)/python bench/gpu.py

@@ -18,6 +18,7 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, D
 from perceptio.cli import main
 from perceptio.data.depths import Scale, decode_depth, normalise
 from perceptio.data.label import load_vqvae
+from perceptio.data.record import DataError
 from perceptio.data.shards import read_shards
 from perceptio.vqvae.label import find_pictures
 from perceptio.vqvae.maps import MapSet, write_maps
@@ -210,9 +211,12 @@ def test_shards_go_through_the_job(parts, tmp_path):
     arguments = ["label", "--images", str(shards), "--out", str(out), "--vqvae", str(parts / "vqvae")]
     assert main([*arguments, "--teacher", str(parts / "teacher")]) == 0
     rows = list(read_shards(out))
-    assert len(rows) == 6 and {row["depth_codebook"] for row in rows if row["depth_codes"]} == {
-        tiny_vqvae().codebook_hash()
-    }
+    own, other = (load_vqvae(parts / name).config.codebook_hash for name in ("vqvae", "other-vqvae"))
+    assert len(rows) == 6 and {row["depth_codebook"] for row in rows if row["depth_codes"]} == {own}
+    assert json.loads((out / "manifest.json").read_text())["codebook"] == own
+    assert len(list(read_shards(out, codebook=own))) == 6
+    with pytest.raises(DataError, match=f"belong to the codebook {own}, expected {other}"):
+        next(read_shards(out, codebook=other))
 
 
 WRONG = {
