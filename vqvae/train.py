@@ -75,7 +75,7 @@ class DepthTrainingConfig:
     noise: float = field(default=0.1, metadata={"help": "on the latents before there are codes"})
     loss: str = field(default="l1", metadata={"help": "of log depth: l1 or l2"})
     commitment_weight: float = 0.25
-    idle_weight: float = field(default=0.004, metadata={"help": "of codes being used alike"})
+    idle_weight: float = field(default=0.0015, metadata={"help": "of codes being used alike"})
     idle_from: float = field(default=0.45, metadata={"help": "share of the steps without that"})
     cycle_weight: float = field(default=0.02, metadata={"help": "of the decoded map having the same codes"})
     cycle_from: float = field(default=0.6, metadata={"help": "share of the steps without the cycle: it costs a third"})
