@@ -65,6 +65,15 @@ def test_encoding_does_not_depend_on_the_resolution_of_a_flat_map(vqvae):
     assert torch.equal(vqvae.encode(torch.full((1, 24, 24), 0.3)), vqvae.encode(torch.full((1, 7, 61), 0.3)))
 
 
+def test_decoding_depends_neither_on_the_batch_nor_on_gradients(vqvae):
+    ids = torch.randint(8, (5, 9), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        together = vqvae.decode_ids(ids)
+        alone = torch.cat([vqvae.decode_ids(one) for one in ids.split(1)])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(vqvae.decode_ids(ids), together, atol=1e-6, rtol=0)
+
+
 def test_saved_and_loaded_alone(vqvae, tmp_path):
     vqvae.save_pretrained(tmp_path)
     loaded = DepthVQVAE.from_pretrained(tmp_path)

@@ -22,9 +22,10 @@ def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """An empty folder with the demo's picture, where the README's paths are right."""
+    """An empty folder with what the README's paths name."""
     folder = tmp_path_factory.mktemp("reader")
-    (folder / "assets").symlink_to(ROOT / "assets")
+    for name in ("assets", "checkpoints", "recipes"):
+        (folder / name).symlink_to(ROOT / name)
     (folder / "build").mkdir()
     return folder
 
@@ -33,7 +34,7 @@ def workplace(tmp_path_factory):
 def test_the_examples_run_in_order_and_print_what_the_readme_says(workplace):
     """Python and commands in the order in which a reader meets them."""
     steps = re.findall(r"```(python|bash)\n(.*?)```", README, flags=re.DOTALL)
-    assert [kind for kind, _ in steps].count("python") == 4
+    assert [kind for kind, _ in steps].count("python") == 5
     outputs, commands = [], 0
     for kind, text in steps:
         if kind == "python":
@@ -41,13 +42,19 @@ def test_the_examples_run_in_order_and_print_what_the_readme_says(workplace):
             assert done.returncode == 0, done.stderr
             outputs.append(done.stdout)
             continue
-        for command in (line for line in text.splitlines() if line.startswith("perceptio ")):
-            words = re.findall(r'"[^"]*"|\S+', command)[1:]
-            done = run([sys.executable, "-m", "perceptio", *(word.strip('"') for word in words)], workplace)
+        for command in (line for line in text.splitlines() if line.startswith(("perceptio ", "python -m perceptio."))):
+            words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
+            words = ["-m", *words] if words[0] == "perceptio" else words[1:]
+            done = run([sys.executable, *words], workplace)
             assert done.returncode == 0, (command, done.stderr)
             commands += 1
-    assert outputs[0] == blocks("text")[0] and commands == 9
-    for name, least in (("result.png", 10_000), ("mine.html", 20_000), ("sheet.png", 10_000)):
+    assert outputs[0] == blocks("text")[0] and commands == 14
+    for name, least in (
+        ("result.png", 10_000),
+        ("mine.html", 20_000),
+        ("sheet.png", 10_000),
+        ("depth-evaluation/evaluation.png", 10_000),
+    ):
         assert (workplace / "build" / name).stat().st_size > least
 
 
@@ -76,6 +83,38 @@ def test_the_figures_of_the_data_come_from_their_files():
     assert re.findall(r"^\| .* \| `(bench_\w+\.py)` \| ([\d.]+) \| [\w.]+ \|$", README, flags=re.MULTILINE) == measured
     assert world["scenes_per_second_2"] >= 60 and check["records_per_minute"] >= 1000
     assert label["local"]["ratio"] >= 1.7 and label["ray"]["ratio"] >= 1.7
+
+
+def test_the_figures_of_the_depth_tokenizer_come_from_their_files():
+    """They may fall short of their bar; then the README says so by showing both."""
+    section = README.split("## The depth tokenizer")[1].split("\n## ")[0]
+    found, bench, tried = (
+        json.loads((ROOT / name).read_text(encoding="utf-8"))
+        for name in (
+            "checkpoints/depth-tiny/evaluation.json", "bench/results/depth.json", "bench/results/depth_tried.json"
+        )
+    )  # fmt: skip
+
+    def percent(name: str, row: dict = found) -> str:
+        return f"{100 * row[name]:.1f}%"
+
+    assert re.findall(r"^\| .* \| (.*) \| [\d.%, none]+ \|$", section.split("Against")[0], flags=re.MULTILINE) == [
+        f"{percent('abs_rel')}, {percent('delta1')}",
+        f"{percent('usage')}, {found['perplexity']:.1f}",
+        percent("stable"),
+        f"{percent('edge_recall')}, {percent('edge_precision')}",
+        percent("legibility"),
+    ]
+    assert f"On {found['maps']:,} scenes" in section and f"{bench['maps']:,} maps of 320" in section
+    names = (
+        "same_maps_mse", "same_maps_abs_rel", "same_maps_seconds", "same_time_mse", "same_time_abs_rel", "encode",
+        "decode",
+    )  # fmt: skip
+    shown = re.findall(r"^\| .* \| (\d+\.\d\d) \| [\d.none]+ \|$", section, flags=re.MULTILINE)
+    assert shown == [f"{bench['ratios'][name]:.2f}" for name in names]
+    for name, row in tried["rows"].items():
+        columns = [percent("abs_rel", row), percent("delta1", row), f"{row['perplexity']:.0f}", percent("stable", row)]
+        assert f"| {name} | {' | '.join(columns)} |" in section
 
 
 def test_every_file_of_the_tree_is_there():
