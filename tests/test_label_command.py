@@ -20,6 +20,7 @@ from perceptio.data.depths import Scale, decode_depth, normalise
 from perceptio.data.label import load_vqvae
 from perceptio.data.record import DataError
 from perceptio.data.shards import read_shards
+from perceptio.vqvae.export import export
 from perceptio.vqvae.label import find_pictures
 from perceptio.vqvae.maps import MapSet, write_maps
 from perceptio.vqvae.teacher import ask, full_name, licence_of
@@ -81,7 +82,12 @@ def test_every_picture_gets_depth_codes_and_its_scale(parts, photos, tmp_path):
 def test_its_output_is_what_a_tokenizer_is_trained_on(parts, photos, tmp_path):
     assert main(command(parts, photos, tmp_path / "out")) == 0
     write_maps(tmp_path / "maps", tmp_path / "out", split="all", side=24)
-    assert len(MapSet(tmp_path / "maps")) == 10
+    maps = MapSet(tmp_path / "maps")
+    assert len(maps) == 10 and maps.facts["teacher"] == "teacher"
+    facts = {"maps": 10, "source": "out", "steps": 1, "teacher": "base", "teacher_licence": licence_of("base")}
+    export(tiny_vqvae(), tmp_path / "frozen", training=facts)
+    card = (tmp_path / "frozen" / "README.md").read_text()
+    assert "the depth was seen by `base`; the licence of its weights is CC-BY-NC-4.0" in card
 
 
 def test_bad_pictures_are_listed_and_left_out(parts, photos, tmp_path, capsys):

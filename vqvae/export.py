@@ -84,6 +84,9 @@ def _card(vqvae: DepthVQVAE, evaluation: dict | None, training: dict | None) -> 
     ]
     if training is not None:
         lines.append(f"- trained on {training['maps']:,} maps of `{training['source']}`, {training['steps']:,} steps")
+        if teacher := training.get("teacher"):
+            licence = training.get("teacher_licence") or "unknown to us"
+            lines.append(f"- the depth was seen by `{teacher}`; the licence of its weights is {licence}")
     if evaluation is not None:
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in evaluation.items() if isinstance(value, float))
         where = f"{evaluation['maps']:,} maps of `{evaluation['source']}`, split `{evaluation['split']}`"

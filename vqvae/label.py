@@ -134,6 +134,8 @@ def _label_pictures(options, vqvae: str, device: str) -> int:
         "depth_kind": None if measured is None else kind,
         "depth_unit": None if measured is None else unit,
     }
+    if facts["teacher_licence"] not in (None, "Apache-2.0"):
+        print(f"note: the weights of {options.teacher} are {facts['teacher_licence']}", file=sys.stderr)
     model = load_vqvae(vqvae, device)
     source = measured or Taught(teacher_from(options.teacher, device))
     note = label_folder(

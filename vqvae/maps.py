@@ -126,7 +126,8 @@ def write_maps(
         sizes.append(len(rows))
     if not sizes:
         raise DepthError(f"{source} gave no depth map of the split {split!r} (left out: {dict(skipped) or 'none'})")
-    facts = wanted | {"skipped": dict(skipped), "parts": [[_part(number), size] for number, size in enumerate(sizes)]}
+    parts = [[_part(number), size] for number, size in enumerate(sizes)]
+    facts = wanted | _teacher(source) | {"skipped": dict(skipped), "parts": parts}
     write_json(folder / NOTE, facts)
     (folder / BEGUN).unlink()
     return facts
@@ -135,6 +136,15 @@ def write_maps(
 def _name(source: str) -> str:
     """What says in the note where the maps come from; not where on this machine the folder lies."""
     return source if source == "world" else Path(source).resolve().name
+
+
+def _teacher(source) -> dict:
+    """Who saw the depth, as far as the source says: the licence of a teacher reaches what is made of its maps."""
+    note = Path(source) / "labels.json"
+    if str(source) == "world" or not note.is_file():
+        return {}
+    found = json.loads(note.read_text("utf-8"))
+    return {key: found.get(key) for key in ("teacher", "teacher_licence")}
 
 
 def _begin(folder: Path, wanted: dict) -> bool:

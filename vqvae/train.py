@@ -346,7 +346,8 @@ class Trainer:
             vqvae = self.frozen()
             result = report(vqvae, self.eval_maps)
             picture = draw(vqvae, self.eval_maps[range(min(DRAWN, len(self.eval_maps)))])
-            facts = {"source": self.train_maps.facts["source"], "maps": len(self.train_maps)}
+            known = {key: self.train_maps.facts.get(key) for key in ("source", "teacher", "teacher_licence")}
+            facts = {"maps": len(self.train_maps), **known}
             export(vqvae, self.out / "model", result, {**self.config.recipe(), **facts}, picture)
         self.accelerator.wait_for_everyone()
         return result
