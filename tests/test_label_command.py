@@ -90,6 +90,16 @@ def test_its_output_is_what_a_tokenizer_is_trained_on(parts, photos, tmp_path):
     assert "the depth was seen by `base`; the licence of its weights is CC-BY-NC-4.0" in card
 
 
+def test_depth_first_and_codes_of_ones_own_tokenizer_later(parts, photos, tmp_path):
+    seen, labels = tmp_path / "seen", tmp_path / "labels"
+    assert main(command(parts, photos, seen, "--vqvae", "none")) == 0
+    assert all("depth_codes" not in row for row in lines(seen / "metadata.jsonl"))
+    assert json.loads((seen / "labels.json").read_text())["codebook"] is None
+    assert main(command(parts, photos, labels, "--teacher", "none", "--depth", str(seen / "depth"))) == 0
+    assert main(command(parts, photos, tmp_path / "at-once")) == 0
+    assert (labels / "metadata.jsonl").read_bytes() == (tmp_path / "at-once" / "metadata.jsonl").read_bytes()
+
+
 def test_bad_pictures_are_listed_and_left_out(parts, photos, tmp_path, capsys):
     whole = (photos / "0.jpg").read_bytes()
     (photos / "2.jpg").write_bytes(whole[: len(whole) // 2])

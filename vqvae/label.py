@@ -28,6 +28,8 @@ METADATA, PROBLEMS, NOTE = "metadata.jsonl", "problems.jsonl", "labels.json"
 BEGUN, LOCK = ".labels.begun.json", ".labels.lock"
 EPILOG = """Examples:
   perceptio label --images photos --out labels
+  perceptio label --images photos --out seen --vqvae none    # depth alone, to train a depth tokenizer on
+  perceptio label --images photos --out labels --vqvae my-tokenizer --teacher none --depth seen/depth
   perceptio label --images photos --out labels --teacher none --depth lidar --depth-kind metres --depth-unit 0.001
   perceptio label --images build/raw --out build/labelled --workers 4     # shards with a manifest.json"""
 
@@ -45,7 +47,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--images", metavar="DIR", required=True, help="pictures, in sub-folders too; or shards")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument(
-        "--vqvae", metavar="DIR", help="depth tokenizer, or a whole Perceptio (default: the one that ships)"
+        "--vqvae",
+        metavar="DIR",
+        help="depth tokenizer, or a whole Perceptio; none: depth without codes (default: the one that ships)",
     )
     parser.add_argument(
         "--teacher",
@@ -86,7 +90,9 @@ def run(options) -> int:
             "`--depth` and `--teacher none` belong together: give both for depth that you have, or neither"
         )
     vqvae = options.vqvae or str(DEFAULT_DEPTH_MODEL)
-    if not (Path(vqvae) / "config.json").is_file():
+    if vqvae == "none" and (images / "manifest.json").is_file():
+        raise ValueError("`--vqvae` is none, but shards are labelled with codes: name a depth tokenizer")
+    if vqvae != "none" and not (Path(vqvae) / "config.json").is_file():
         raise FileNotFoundError(f"`--vqvae` is {vqvae}, expected the folder of a depth tokenizer or of a Perceptio")
     device = _device(options.device)
     try:
@@ -136,7 +142,7 @@ def _label_pictures(options, vqvae: str, device: str) -> int:
     }
     if facts["teacher_licence"] not in (None, "Apache-2.0"):
         print(f"note: the weights of {options.teacher} are {facts['teacher_licence']}", file=sys.stderr)
-    model = load_vqvae(vqvae, device)
+    model = None if vqvae == "none" else load_vqvae(vqvae, device)
     source = measured or Taught(teacher_from(options.teacher, device))
     note = label_folder(
         options.images, options.out, source, model, facts, batch_size=options.batch_size, progress=True
@@ -148,51 +154,74 @@ def _label_pictures(options, vqvae: str, device: str) -> int:
 
 
 class Taught:
-    """Depth from a teacher: pictures → maps in its own unit, or the error instead."""
+    """Depth from a teacher: (pictures, their names) → for each (map, scale), or the error instead."""
 
     def __init__(self, teacher: Callable):
         self.teacher, self.kind = teacher, getattr(teacher, "kind", "inverse")
 
     def __call__(self, pictures: list, names: list[str]) -> list:
-        import numpy as np
-
-        from ..data.label import fit_depth
         from .teacher import ask
 
-        found = ask(self.teacher, pictures)
-        return [
-            values if isinstance(values, Exception) else _or_error(fit_depth, np.asarray(values), picture.size)
-            for values, picture in zip(found, pictures, strict=True)
-        ]
+        found = zip(ask(self.teacher, pictures), pictures, strict=True)
+        return [_or_error(self._fit, values, picture) for values, picture in found]
+
+    def _fit(self, values, picture):
+        import numpy as np
+
+        from ..data.depths import normalise_with_scale
+        from ..data.label import fit_depth
+
+        if isinstance(values, Exception):
+            raise values
+        return normalise_with_scale(fit_depth(np.asarray(values), picture.size), self.kind)
 
 
 class Measured:
-    """Depth from files of a person's own, under the names of the pictures."""
+    """Depth from files under the names of the pictures: a person's own, or those that an earlier run wrote, which are
+    taken over with their scale."""
 
     def __init__(self, folder: Path, kind: str, unit: float):
         if not folder.is_dir():
             raise FileNotFoundError(f"`--depth` is {folder}, expected a folder of depth files")
         self.folder, self.kind, self.unit = folder, kind, unit
+        written = folder.parent / NOTE
+        self.scales = {row["image"]: row for row in _read_lines(folder.parent / METADATA)} if written.is_file() else {}
 
     def __call__(self, pictures: list, names: list[str]) -> list:
         return [_or_error(self._read, picture, name) for picture, name in zip(pictures, names, strict=True)]
 
     def _read(self, picture, name: str):
-        from ..data.depths import DepthError, read_values
+        from ..data.depths import Scale, decode_depth, normalise_with_scale, read_values
 
-        bare = (self.folder / name).with_suffix("")
-        path = next((bare.with_suffix(end) for end in DEPTH_ENDINGS if bare.with_suffix(end).is_file()), None)
-        if path is None:
-            raise DepthError(
-                f"no depth: {self.folder} has no {Path(name).stem} with one of {', '.join(DEPTH_ENDINGS)}"
-            )
-        values = read_values(path, path.name, self.kind, self.unit)
-        if abs(values.shape[1] / values.shape[0] * picture.height / picture.width - 1) > 0.02:
-            raise DepthError(
-                f"{path.name} is {values.shape[1]} × {values.shape[0]}, its picture {picture.width} × "
-                f"{picture.height}: expected the same shape, whatever the size"
-            )
-        return values
+        path = self._find(name)
+        if row := self.scales.get(name):
+            scale = Scale(row["depth_low"], row["depth_high"], row["depth_kind"])
+            found = decode_depth(path.read_bytes()), scale
+        else:
+            found = normalise_with_scale(read_values(path, path.name, self.kind, self.unit), self.kind)
+        _check_shape(found[0].shape, picture.size, path.name)
+        return found
+
+    def _find(self, name: str) -> Path:
+        from ..data.depths import DepthError
+
+        bare = self.folder / name
+        for end in DEPTH_ENDINGS:
+            for path in (bare.with_suffix(end), bare.with_name(bare.name + end)):
+                if path.is_file():
+                    return path
+        raise DepthError(f"no depth: {self.folder} has no {Path(name).stem} with one of {', '.join(DEPTH_ENDINGS)}")
+
+
+def _check_shape(shape: tuple[int, int], size: tuple[int, int], name: str) -> None:
+    """The depth map has the picture's shape, to a pixel of the smaller of the two."""
+    from ..data.depths import DepthError
+
+    (height, width), (across, down) = shape, size
+    if abs(width * down - height * across) > max(width + height, across + down):
+        raise DepthError(
+            f"{name} is {width} × {height}, its picture {across} × {down}: expected the same shape, whatever the size"
+        )
 
 
 def _or_error(function: Callable, *arguments):
@@ -207,7 +236,8 @@ def label_folder(
 ) -> dict:
     """Label every picture below `images`; returns the content of labels.json.
 
-    source: (pictures, their names) → for each a map float[H, W] of `source.kind`, or an exception.
+    source: (pictures, their names) → for each (float32[H, W] in [0, 1], its `Scale`), or an exception.
+    vqvae: None for depth alone.
     facts: what decides the result besides the tokenizer; a folder that was begun with others is refused.
     """
     from tqdm import tqdm
@@ -217,7 +247,7 @@ def label_folder(
     images, out = Path(images), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
-        wanted = {**facts, "codebook": vqvae.codebook_hash(), "batch_size": batch_size}
+        wanted = {**facts, "codebook": vqvae and vqvae.codebook_hash(), "batch_size": batch_size}
         _check_begun(out, wanted)
         names = list(find_pictures(images, out))
         if not names:
@@ -319,12 +349,12 @@ def _label_batch(images: Path, out: Path, names: list[str], source, vqvae) -> tu
         except (PictureError, OSError) as error:
             problems[name] = f"damaged picture: {' '.join(str(error).split())}"
     lines = {}
-    for name, values in zip(pictures, source(list(pictures.values()), list(pictures)), strict=True):
+    for name, found in zip(pictures, source(list(pictures.values()), list(pictures)), strict=True):
         try:
-            if isinstance(values, Exception):
-                raise values
-            lines[name] = _finish(out, name, values, source.kind, vqvae)
-        except (ValueError, RuntimeError) as error:
+            if isinstance(found, Exception):
+                raise found
+            lines[name] = _finish(out, name, *found, vqvae)
+        except (ValueError, RuntimeError) as error:  # not OSError: a full disk ends the run
             problems[name] = f"unusable depth: {' '.join(str(error).split())[:300]}"
     return (
         [{"image": name, **lines[name]} for name in names if name in lines],
@@ -332,14 +362,15 @@ def _label_batch(images: Path, out: Path, names: list[str], source, vqvae) -> tu
     )
 
 
-def _finish(out: Path, name: str, values, kind: str, vqvae) -> dict:
+def _finish(out: Path, name: str, depth, scale, vqvae) -> dict:
     """Write the map of one picture; its line, without the picture's name."""
-    from ..data.depths import decode_depth, encode_depth, normalise_with_scale
+    from ..data.depths import decode_depth, encode_depth
     from ..data.label import encode_codes
 
-    depth, scale = normalise_with_scale(values, kind)
     data = encode_depth(depth)
-    codes = encode_codes(decode_depth(data), vqvae)  # of what is stored, so that they can be made again from it
+    codes = {}
+    if vqvae is not None:  # codes of what is stored, so that they can be made again from it
+        codes = {"depth_codes": encode_codes(decode_depth(data), vqvae), "depth_codebook": vqvae.codebook_hash()}
     path = out / "depth" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.incomplete")
@@ -348,6 +379,5 @@ def _finish(out: Path, name: str, values, kind: str, vqvae) -> dict:
     return {
         "depth": path.relative_to(out).as_posix(),
         **{f"depth_{key}": value for key, value in asdict(scale).items()},
-        "depth_codes": codes,
-        "depth_codebook": vqvae.codebook_hash(),
+        **codes,
     }
