@@ -98,4 +98,5 @@ class DepthTraining(nn.Module):
         return math.log(len(share)) + (share * share.clamp(min=1e-12).log()).sum()
 
     def _cycle(self, decoded: Tensor, ids: Tensor) -> Tensor:
-        return F.cross_entropy(self._closeness(self.vqvae.encoder(decoded.clamp(-1, 1))), ids.flatten())
+        """Of the encoder alone: a gradient through the decoder too tears the codes apart within a hundred steps."""
+        return F.cross_entropy(self._closeness(self.vqvae.encoder(decoded.detach().clamp(-1, 1))), ids.flatten())

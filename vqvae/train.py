@@ -77,7 +77,7 @@ class DepthTrainingConfig:
     commitment_weight: float = 0.25
     idle_weight: float = field(default=0.0015, metadata={"help": "of codes being used alike"})
     idle_from: float = field(default=0.45, metadata={"help": "share of the steps without that"})
-    cycle_weight: float = field(default=0.02, metadata={"help": "of the decoded map having the same codes"})
+    cycle_weight: float = field(default=0.005, metadata={"help": "of the decoded map having the same codes"})
     cycle_from: float = field(default=0.6, metadata={"help": "share of the steps without the cycle: it costs a third"})
     code_decay: float = field(default=0.99, metadata={"help": "of the moving averages of the codes"})
     revive_below: float = field(default=1.0, metadata={"help": "cells a batch; a code with fewer is placed anew"})
