@@ -136,14 +136,15 @@ def _open_pipeline(options):
         raise FileNotFoundError(
             "no trained model comes with this version: pass --model DIR, or try the untrained demo with `make demo`"
         )
-    device = _choose_device(options.device)
+    device = choose_device(options.device)
     print(f"loading {name} …", file=sys.stderr, flush=True)
     model = PerceptioForConditionalGeneration.from_pretrained(name, dtype="auto")
     processor = PerceptioProcessor.from_pretrained(name)
     return pipeline("perceptio", model=model, processor=processor, pipeline_class=PerceptioPipeline, device=device)
 
 
-def _choose_device(name: str):
+def choose_device(name: str):
+    """auto, or the name of a device that is here → torch.device."""
     import torch
 
     if name == "auto":

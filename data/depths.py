@@ -60,6 +60,7 @@ def read_values(source, name: str = "the depth map", kind: str = "inverse", unit
     and NaN have no value.
     unit: what one step of the file is worth, as 0.001 for metres that are stored as millimetres.
     """
+    _check_kind(kind)
     if not (isinstance(unit, (int, float)) and 0 < unit < float("inf")):
         raise DepthError(f"`unit` of {name} is {unit!r}, expected a number above 0, as 0.001 for millimetres")
     values = _pixels(source, name)
@@ -110,8 +111,7 @@ def normalise_with_scale(
     values: np.ndarray, kind: str = "inverse", low: float = 2, high: float = 98
 ) -> tuple[np.ndarray, Scale | None]:
     """As `normalise`, with what 0 and 1 stand for; None for a map without any value."""
-    if kind not in KINDS:
-        raise DepthError(f"the kind of depth is {kind!r}, expected one of {', '.join(KINDS)}")
+    _check_kind(kind)
     values = np.asarray(values, np.float64)
     valid = np.isfinite(values)
     if kind == "metres":
@@ -128,6 +128,11 @@ def normalise_with_scale(
     return np.where(valid, scaled, np.nan).astype(np.float32), Scale(float(bottom), float(top), kind)
 
 
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise DepthError(f"the kind of depth is {kind!r}, expected one of {', '.join(KINDS)}")
+
+
 def _pixels(source, name: str) -> np.ndarray:
     data = source if isinstance(source, (bytes, bytearray)) else None
     if data is None:
@@ -139,10 +144,7 @@ def _pixels(source, name: str) -> np.ndarray:
         if data[:4] == EXR_START:
             return _exr(data, name)
         with Image.open(BytesIO(data), formats=("PNG", "TIFF")) as picture:
-            if picture.width * picture.height > MAX_DEPTH_PIXELS:
-                raise DepthError(
-                    f"{name} is {picture.width} × {picture.height} pixels, expected at most {MAX_DEPTH_PIXELS} in all"
-                )
+            _check_size(picture.width, picture.height, name)
             if picture.mode not in ("L", "I", "I;16", "I;16B", "I;16L", "F"):
                 raise DepthError(
                     f"{name} is a picture of mode {picture.mode}, expected one channel of 8 or 16 bits or of floats: "
@@ -160,6 +162,11 @@ def _pixels(source, name: str) -> np.ndarray:
         ) from error
 
 
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_DEPTH_PIXELS:
+        raise DepthError(f"{name} is {width} × {height} pixels, expected at most {MAX_DEPTH_PIXELS} in all")
+
+
 def _exr(data: bytes, name: str) -> np.ndarray:
     """The channel Z, Y or R, or the only one; of a picture in RGB all three must be equal."""
     try:
@@ -171,15 +178,30 @@ def _exr(data: bytes, name: str) -> np.ndarray:
     with tempfile.NamedTemporaryFile(suffix=".exr") as file:
         file.write(data)
         file.flush()
-        with OpenEXR.File(file.name) as opened:
-            if not opened.parts:
-                raise DepthError(f"{name} is a damaged OpenEXR file, expected a whole one: write it again")
-            channels = {key: np.asarray(channel.pixels) for key, channel in opened.channels().items()}
-    key = next((key for key in ("Z", "Y", "R", "RGB") if key in channels), next(iter(channels)))
-    values = channels[key]
-    if values.ndim == 3 and (values == values[..., :1]).all():
+        try:
+            channels = _exr_channels(OpenEXR, file.name, name)
+        except (RuntimeError, MemoryError, OSError) as error:
+            raise DepthError(f"{name} is a damaged OpenEXR file, expected a whole one: write it again") from error
+    key = next((key for key in ("Z", "Y", "R", "RGB", "RGBA") if key in channels), None)
+    if key is None and len(channels) > 1:
+        raise DepthError(f"{name} has the channels {', '.join(sorted(channels))}, expected Z, Y, R or one alone")
+    values = channels[key or next(iter(channels))]
+    if values.ndim == 3 and (values[..., :3] == values[..., :1]).all():
         values = values[..., 0]
     return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
+def _exr_channels(library, path: str, name: str) -> dict[str, np.ndarray]:
+    """The channels of the first part; nothing is read of one that is too large."""
+    with library.File(path, header_only=True) as opened:
+        for part in opened.parts:
+            low, high = part.header["dataWindow"]
+            width, height = (int(b) - int(a) + 1 for a, b in zip(low, high, strict=True))
+            _check_size(width, height, name)
+    with library.File(path) as opened:
+        if not opened.parts:  # it warns of damage, and goes on without the part
+            raise OSError("no part could be read")
+        return {key: np.asarray(channel.pixels) for key, channel in opened.channels().items()}
 
 
 def _numpy(data: bytes, name: str) -> np.ndarray:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from shard_samples import folder_of, tiny_vqvae
-from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
+from teacher_samples import write_teacher
 
 from perceptio.cli import main
 from perceptio.data.depths import Scale, decode_depth, normalise
 from perceptio.data.label import load_vqvae
+from perceptio.data.own import RowReader
 from perceptio.data.record import DataError
 from perceptio.data.shards import read_shards
 from perceptio.vqvae.export import export
@@ -30,17 +31,7 @@ from perceptio.vqvae.teacher import ask, full_name, licence_of
 def parts(tmp_path_factory) -> Path:
     """A teacher with Depth Anything's layout and a depth tokenizer, both with random weights."""
     folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    backbone = Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
-        out_indices=[1, 2], reshape_hidden_states=False, apply_layernorm=True,
-    )  # fmt: skip
-    config = DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=16, neck_hidden_sizes=[8, 8], reassemble_factors=[2, 1],
-        fusion_hidden_size=8, head_hidden_size=8, patch_size=14,
-    )  # fmt: skip
-    DepthAnythingForDepthEstimation(config).save_pretrained(folder / "teacher")
-    DPTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder / "teacher")
+    write_teacher(folder / "teacher")
     tiny_vqvae().save_pretrained(folder / "vqvae")
     tiny_vqvae(1).save_pretrained(folder / "other-vqvae")
     return folder
@@ -112,6 +103,72 @@ def test_bad_pictures_are_listed_and_left_out(parts, photos, tmp_path, capsys):
     assert len(lines(out / "metadata.jsonl")) == 8
     assert json.loads((out / "labels.json").read_text())["left_out"] == {"damaged picture": 2}
     assert "8 pictures labelled, 2 left out" in capsys.readouterr().out
+
+
+def test_a_picture_that_was_put_right_is_labelled_by_the_next_run(parts, photos, tmp_path):
+    out = tmp_path / "out"
+    good = (photos / "4.jpg").read_bytes()
+    (photos / "4.jpg").write_text("no picture at all")
+    assert main(command(parts, photos, out)) == 1
+    assert main(command(parts, photos, out)) == 1 and len(lines(out / "problems.jsonl")) == 1
+    (photos / "4.jpg").write_bytes(good)
+    other = (out / "depth" / "0.jpg.png").stat().st_mtime_ns
+    assert main(command(parts, photos, out)) == 0
+    assert [row["image"] for row in lines(out / "metadata.jsonl")] == list(find_pictures(photos, out))
+    assert lines(out / "problems.jsonl") == [] and json.loads((out / "labels.json").read_text())["pictures"] == 10
+    assert (out / "depth" / "0.jpg.png").stat().st_mtime_ns == other, "the others are not done again"
+
+
+def test_a_depth_map_that_is_gone_is_made_again(parts, photos, tmp_path):
+    out = tmp_path / "out"
+    assert main(command(parts, photos, out)) == 0
+    before = files_of(out)
+    (out / "depth" / "6.jpg.png").unlink()
+    assert main(command(parts, photos, out)) == 0
+    assert files_of(out) == before
+
+
+def test_names_that_are_no_plain_text(parts, photos, tmp_path):
+    """Lines were split at every character that Unicode calls a line end, and such a picture was never done."""
+    strange = ["a\u2028b.jpg", "c\x85d.jpg", "\udcff.jpg", 'quote".jpg']
+    for name in strange:
+        (photos / name).write_bytes((photos / "0.jpg").read_bytes())
+    out = tmp_path / "out"
+    assert main(command(parts, photos, out)) == 0
+    before = files_of(out)
+    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text("utf-8").split("\n")[:-1]]
+    assert len(rows) == 14 and set(strange) < {row["image"] for row in rows}
+    assert main(command(parts, photos, out)) == 0 and files_of(out) == before
+
+
+def test_what_a_person_wrote_is_not_written_over(parts, photos, capsys):
+    """The rows of a data set were taken for those of an earlier run, and lost."""
+    own = '{"image": "0.jpg", "question": "Where?", "answer": "There."}\n'
+    (photos / "metadata.jsonl").write_text(own)
+    assert main(command(parts, photos, photos)) == 2
+    assert "has a metadata.jsonl that this command did not write" in capsys.readouterr().err
+    assert (photos / "metadata.jsonl").read_text() == own
+
+
+def test_labels_beside_the_pictures_are_no_pictures(parts, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command(parts, Path("photos"), photos)) == 0
+    before = files_of(photos)
+    assert main(command(parts, Path("photos"), photos)) == 0
+    assert files_of(photos) == before and len(lines(photos / "metadata.jsonl")) == 10
+
+
+def test_a_data_set_can_name_the_labels(parts, photos, tmp_path):
+    """The stored map is inverse depth, also where metres were measured: a data set must not turn it round again."""
+    depth_of_ones_own(photos, tmp_path, "npy")
+    more = ["--teacher", "none", "--depth", str(tmp_path / "lidar"), "--depth-kind", "metres"]
+    assert main(command(parts, photos, photos, *more)) == 0
+    reader = RowReader(photos, "metadata.jsonl", columns={"question": "question"})
+    for number, row in enumerate(lines(photos / "metadata.jsonl")):
+        record, problems, _ = reader.read(number, {**row, "question": "Where?", "answer": "There."})
+        assert problems == []
+        stored = decode_depth((photos / row["depth"]).read_bytes())
+        assert np.abs(decode_depth(record["depth"]["bytes"]) - stored).max() < 0.05
 
 
 def files_of(folder: Path) -> dict:
@@ -189,20 +246,23 @@ def write_form(path: Path, metres: np.ndarray, form: str) -> None:
         Image.fromarray((metres * 1000).round().astype(np.uint16)).save(path.with_suffix(".png"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_depth_of_ones_own_in_every_form(parts, photos, tmp_path, form):
-    names = list(find_pictures(photos, tmp_path / "out"))
-    for number, name in enumerate(names):
+def depth_of_ones_own(photos: Path, tmp_path: Path, form: str) -> None:
+    for number, name in enumerate(find_pictures(photos, tmp_path / "out")):
         path = tmp_path / "lidar" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_form(path, scene_in_metres(number), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_depth_of_ones_own_in_every_form(parts, photos, tmp_path, form):
+    depth_of_ones_own(photos, tmp_path, form)
     unit = ["--depth-unit", "0.001"] if form == "png" else []
     more = ["--teacher", "none", "--depth", str(tmp_path / "lidar"), "--depth-kind", "metres", *unit]
     assert main(command(parts, photos, tmp_path / "out", *more)) == 0
     for number, row in enumerate(lines(tmp_path / "out" / "metadata.jsonl")):
         stored = decode_depth((tmp_path / "out" / row["depth"]).read_bytes())
         assert np.abs(stored - normalise(scene_in_metres(number), "metres")).max() < 1e-3
-        assert row["depth_kind"] == "metres"
+        assert row["depth_scale_kind"] == "metres"
         inner = (stored > 0.001) & (stored < 0.999)
         metres = Scale(row["depth_low"], row["depth_high"], "metres").undo(stored)
         assert np.abs(metres - scene_in_metres(number))[inner].max() < 0.02, "the scale gives the metres back"
@@ -235,11 +295,18 @@ def test_shards_go_through_the_job(parts, tmp_path):
         next(read_shards(out, codebook=other))
 
 
+def test_shards_take_no_depth_from_elsewhere(parts, tmp_path, capsys):
+    shards = folder_of(tmp_path / "shards", 2, codes=False)
+    assert main(command(parts, shards, tmp_path / "out", "--teacher", "none", "--depth", str(tmp_path))) == 2
+    assert "but shards hold their depth themselves" in capsys.readouterr().err
+
+
 WRONG = {
     "no folder": (["--images", "/nowhere"], "`--images` is /nowhere"),
     "no tokenizer": (["--vqvae", "/nowhere"], "`--vqvae` is /nowhere"),
     "no teacher": (["--teacher", "/nowhere/teacher"], "the teacher '/nowhere/teacher' cannot be loaded"),
     "depth beside a teacher": (["--depth", "/tmp"], "`--depth` and `--teacher none` belong together"),
+    "no device": (["--device", "abacus"], "--device abacus cannot be used here"),
     "no batch": (["--batch-size", "0"], "`--batch-size` is 0"),
     "no unit": (["--teacher", "none", "--depth", ".", "--depth-unit", "nan"], "`--depth-unit` is nan"),
 }

@@ -6,7 +6,7 @@
     OUT/labels.json                       what it was made with; written last, so a folder that has it is finished
 
 Pictures are taken in the order of their paths, in batches that stay the same when the command is run again, so that a
-killed run goes on and ends with the bytes of one that was not.
+killed run goes on and ends with the bytes of one that was not.  Pictures that had a problem are tried again.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from .. import DEFAULT_DEPTH_MODEL
@@ -85,28 +84,33 @@ def run(options) -> int:
         )
     if not 0 < options.depth_unit < float("inf"):
         raise ValueError(f"`--depth-unit` is {options.depth_unit}, expected a number above 0")
-    if (options.depth is None) != (options.teacher != "none") and not (images / "manifest.json").is_file():
+    shards = (images / "manifest.json").is_file()
+    if shards and options.depth is not None:
+        raise ValueError(f"`--depth` is {options.depth}, but shards hold their depth themselves: leave it out")
+    if (options.depth is None) != (options.teacher != "none") and not shards:
         raise ValueError(
             "`--depth` and `--teacher none` belong together: give both for depth that you have, or neither"
         )
     vqvae = options.vqvae or str(DEFAULT_DEPTH_MODEL)
-    if vqvae == "none" and (images / "manifest.json").is_file():
+    if vqvae == "none" and shards:
         raise ValueError("`--vqvae` is none, but shards are labelled with codes: name a depth tokenizer")
     if vqvae != "none" and not (Path(vqvae) / "config.json").is_file():
         raise FileNotFoundError(f"`--vqvae` is {vqvae}, expected the folder of a depth tokenizer or of a Perceptio")
-    device = _device(options.device)
+    from ..cli import choose_device
+
+    device = str(choose_device(options.device))
+    _say_licence(options.teacher)
     try:
-        return (_label_shards if (images / "manifest.json").is_file() else _label_pictures)(options, vqvae, device)
+        return (_label_shards if shards else _label_pictures)(options, vqvae, device)
     except ImportError as error:
         raise ImportError(f'{error}: labelling needs the extra "label": pip install "perceptio[label]"') from error
 
 
-def _device(name: str) -> str:
-    import torch
+def _say_licence(teacher: str) -> None:
+    from .teacher import licence_of
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if (licence := licence_of(teacher)) not in (None, "Apache-2.0"):
+        print(f"note: the weights of {teacher} are {licence}", file=sys.stderr)
 
 
 def _label_shards(options, vqvae: str, device: str) -> int:
@@ -140,8 +144,6 @@ def _label_pictures(options, vqvae: str, device: str) -> int:
         "depth_kind": None if measured is None else kind,
         "depth_unit": None if measured is None else unit,
     }
-    if facts["teacher_licence"] not in (None, "Apache-2.0"):
-        print(f"note: the weights of {options.teacher} are {facts['teacher_licence']}", file=sys.stderr)
     model = None if vqvae == "none" else load_vqvae(vqvae, device)
     source = measured or Taught(teacher_from(options.teacher, device))
     note = label_folder(
@@ -195,7 +197,7 @@ class Measured:
 
         path = self._find(name)
         if row := self.scales.get(name):
-            scale = Scale(row["depth_low"], row["depth_high"], row["depth_kind"])
+            scale = Scale(row["depth_low"], row["depth_high"], row["depth_scale_kind"])
             found = decode_depth(path.read_bytes()), scale
         else:
             found = normalise_with_scale(read_values(path, path.name, self.kind, self.unit), self.kind)
@@ -227,8 +229,10 @@ def _check_shape(shape: tuple[int, int], size: tuple[int, int], name: str) -> No
 def _or_error(function: Callable, *arguments):
     try:
         return function(*arguments)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError) as error:
         return error
+    except OSError as error:  # a file that cannot be read; one that cannot be written ends the run
+        return ValueError(str(error))
 
 
 def label_folder(
@@ -252,17 +256,20 @@ def label_folder(
         names = list(find_pictures(images, out))
         if not names:
             raise FileNotFoundError(f"{images} holds no picture ({', '.join(sorted(ENDINGS))}): name another folder")
-        done = _go_on(out, names, batch_size)
+        waiting = _go_on(out, names, batch_size)
+        if waiting:
+            (out / NOTE).unlink(missing_ok=True)
+        done = len(names) - sum(map(len, waiting))
         bar = tqdm(total=len(names), initial=done, unit=" pictures", disable=None if progress else True)
-        for start in range(done, len(names), batch_size):
-            batch = names[start : start + batch_size]
+        for batch in waiting:
             lines, problems = _label_batch(images, out, batch, source, vqvae)
             _append(out / METADATA, lines)
             _append(out / PROBLEMS, problems)
             bar.update(len(batch))
         bar.close()
-        left_out = Counter(line["problem"].partition(":")[0] for line in _read_lines(out / PROBLEMS))
-        note = {**wanted, "pictures": len(_read_lines(out / METADATA)), "left_out": dict(sorted(left_out.items()))}
+        labelled, failed = _settle(out, names)
+        left_out = Counter(line["problem"].partition(":")[0] for line in failed)
+        note = {**wanted, "pictures": len(labelled), "left_out": dict(sorted(left_out.items()))}
         write_json(out / NOTE, note)
         (out / BEGUN).unlink(missing_ok=True)
         return note
@@ -280,6 +287,11 @@ def _check_begun(out: Path, wanted: dict) -> None:
                     f"{out} was labelled with another `{changed[0]}` ({found.get(changed[0])!r}), expected "
                     f"{wanted[changed[0]]!r}: name another folder, or remove this one"
                 )
+    begun = any((out / name).is_file() for name in (NOTE, BEGUN))
+    if not begun and (own := [name for name in (METADATA, PROBLEMS, "depth") if (out / name).exists()]):
+        raise DataError(
+            f"{out} has a {own[0]} that this command did not write, expected a folder without: name another `--out`"
+        )
     write_json(out / BEGUN, wanted)
 
 
@@ -298,33 +310,49 @@ def _only_one(out: Path) -> Iterator[None]:
 
 def find_pictures(images: Path, out: Path) -> Iterator[str]:
     """Paths of the pictures below a folder, sorted, without the depth maps that were written into it."""
+    images, depth = images.resolve(), out.resolve() / "depth"
     for path in sorted(images.rglob("*")):
-        own = out / "depth" in path.parents
+        own = depth in path.parents
         hidden = any(part.startswith(".") for part in path.relative_to(images).parts)
         if path.suffix.lower() in ENDINGS and path.is_file() and not own and not hidden:
             yield path.relative_to(images).as_posix()
 
 
-def _go_on(out: Path, names: list[str], batch_size: int) -> int:
-    """How many of the pictures are done; what was written of a batch that was not finished is taken back."""
-    seen = {line["image"] for name in (METADATA, PROBLEMS) for line in _read_lines(out / name)}
-    done = 0
-    while done < len(names) and all(name in seen for name in names[done : done + batch_size]):
-        done = min(done + batch_size, len(names))
-    kept = set(names[:done])
-    for name in (METADATA, PROBLEMS):
-        lines = [line for line in _read_lines(out / name) if line["image"] in kept]
-        half = out / f".{name}.incomplete"
-        half.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        os.replace(half, out / name)
-    return done
+def _go_on(out: Path, names: list[str], batch_size: int) -> list[list[str]]:
+    """The batches that are left to do; what was written of a batch that was not finished is taken back.
+
+    Of a finished one the pictures that had a problem are left to do: what was wrong may have been put right.
+    """
+    labelled = {line["image"] for line in _read_lines(out / METADATA) if (out / line["depth"]).is_file()}
+    failed = {line["image"] for line in _read_lines(out / PROBLEMS)} - labelled
+    waiting, kept = [], []
+    for start in range(0, len(names), batch_size):
+        batch = names[start : start + batch_size]
+        finished = labelled.union(failed).issuperset(batch)
+        kept += batch if finished else []
+        waiting.append([name for name in batch if name in failed] if finished else batch)
+    _settle(out, kept)
+    return [batch for batch in waiting if batch]
+
+
+def _settle(out: Path, names: list[str]) -> tuple[list[dict], list[dict]]:
+    """Leave one line for each of these pictures, in their order; returns those with depth and those with a problem."""
+    labelled, failed = ({line["image"]: line for line in _read_lines(out / name)} for name in (METADATA, PROBLEMS))
+    good = [labelled[name] for name in names if name in labelled]
+    bad = [failed[name] for name in names if name in failed and name not in labelled]
+    for path, lines in ((out / METADATA, good), (out / PROBLEMS, bad)):
+        half = path.with_name(f".{path.name}.incomplete")
+        half.unlink(missing_ok=True)
+        _append(half, lines)
+        os.replace(half, path)
+    return good, bad
 
 
 def _read_lines(path: Path) -> list[dict]:
     """The whole lines of a file; the last may be torn."""
     found: list[dict] = []
     if path.is_file():
-        for line in path.read_text("utf-8", errors="replace").splitlines():
+        for line in path.read_text("utf-8", errors="replace").split("\n")[:-1]:  # a name may hold other line ends
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -333,7 +361,8 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _append(path: Path, lines: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
+    # A name that is no UTF-8 becomes an escape of JSON, and is itself again when it is read.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
@@ -378,6 +407,8 @@ def _finish(out: Path, name: str, depth, scale, vqvae) -> dict:
     os.replace(half, path)
     return {
         "depth": path.relative_to(out).as_posix(),
-        **{f"depth_{key}": value for key, value in asdict(scale).items()},
+        "depth_low": scale.low,
+        "depth_high": scale.high,
+        "depth_scale_kind": scale.kind,  # `depth_kind` is what a data set calls the kind of the file: always inverse
         **codes,
     }

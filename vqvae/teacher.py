@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 # Depth Anything V2 by the size of its backbone, with the licence of its weights.
 KNOWN = {
@@ -33,15 +34,19 @@ class DepthTeacher:
     """A depth-estimation model of transformers (Depth Anything V2, DPT, …) as a teacher.
 
     name: small, base or large (Depth Anything V2), a folder, or an id on the Hub.  Maps are float32 on any device.
+    dtype: what a CUDA device computes in, as torch.bfloat16: faster, and less exact; float32 where it is None.
     """
 
-    def __init__(self, name: str, device: str = "cpu"):
+    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype | None = None):
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
+        if dtype is not None and torch.device(device).type != "cuda":
+            raise ValueError(f"`dtype` is {dtype} on {device}, expected a CUDA device: leave it out elsewhere")
+        self.dtype = dtype
         try:
             self.processor = AutoImageProcessor.from_pretrained(full_name(name))
             self.model = AutoModelForDepthEstimation.from_pretrained(full_name(name), use_safetensors=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"the teacher {name!r} cannot be loaded ({' '.join(str(error).split())[:200]}): expected small, base, "
                 "large, or the folder or Hub id of a depth-estimation model"
@@ -56,7 +61,9 @@ class DepthTeacher:
         for size in sorted({picture.size for picture in pictures}):  # only equal pictures make one tensor
             chosen = [index for index, picture in enumerate(pictures) if picture.size == size]
             inputs = self.processor(images=[pictures[index] for index in chosen], return_tensors="pt")
-            found = self.model(inputs["pixel_values"].to(self.model.device)).predicted_depth
+            values = inputs["pixel_values"].to(self.model.device)
+            with torch.autocast(values.device.type, self.dtype, enabled=self.dtype is not None):
+                found = self.model(values).predicted_depth
             maps.update(zip(chosen, found.float().cpu().numpy(), strict=True))
         return [maps[index] for index in range(len(pictures))]
 
