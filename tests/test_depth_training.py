@@ -91,6 +91,9 @@ def test_it_learns_and_ends_in_a_tokenizer_that_loads(whole):
     assert (depth_of_codes(vqvae).diff() >= 0).all(), "the codes are numbered from far to near"
     evaluation = json.loads((whole / "model" / "evaluation.json").read_text())
     assert evaluation["usage"] >= 0.5 and evaluation["maps"] > 5
+    evaluated = [line for line in curve(whole) if "eval" in line]
+    kept = [json.loads(line) for line in (whole / "model" / "curve.jsonl").read_text().splitlines()]
+    assert kept == evaluated and [line["step"] for line in kept] == [30, 60]
     assert (whole / "model" / "evaluation.png").stat().st_size > 1000
 
 

@@ -23,7 +23,7 @@ from ..modeling_depth_vqvae import DepthVQVAE
 from .evaluate import draw, report
 from .maps import MapSet
 
-EVALUATION, TRAINING, PICTURE = "evaluation.json", "training.json", "evaluation.png"
+EVALUATION, TRAINING, PICTURE, CURVE = "evaluation.json", "training.json", "evaluation.png", "curve.jsonl"
 
 
 @torch.no_grad()
@@ -47,8 +47,11 @@ def export(
     evaluation: dict | None = None,
     training: dict | None = None,
     picture: Image.Image | None = None,
+    curve: list[dict] | None = None,
 ) -> Path:
     """Write the frozen tokenizer with its hash, and what is known of how it was trained and how good it is.
+
+    curve: its figures on held-out maps while it was trained.
 
     Float32 whatever it was trained in: a rounded codebook would have another hash.
     """
@@ -64,6 +67,8 @@ def export(
             write_json(folder / name, facts)
     if picture is not None:
         picture.save(folder / PICTURE)
+    if curve:
+        (folder / CURVE).write_text("".join(json.dumps(line) + "\n" for line in curve), encoding="utf-8")
     (folder / "README.md").write_text(_card(vqvae, evaluation, training), encoding="utf-8")
     write_manifest(folder)
     return folder
@@ -95,6 +100,12 @@ def _card(vqvae: DepthVQVAE, evaluation: dict | None, training: dict | None) -> 
     return "\n".join(lines) + "\n"
 
 
+def read_curve(log: Path) -> list[dict]:
+    """The lines of a run's log that hold figures of held-out maps, or those of an earlier curve."""
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
+    return [line for line in lines if "eval" in line]
+
+
 def _read(path: Path) -> dict | None:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
@@ -121,7 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
             evaluation, picture = report(vqvae, maps, progress=True), draw(vqvae, maps[range(min(6, len(maps)))])
         elif (source / PICTURE).is_file():
             picture = Image.open(source / PICTURE)
-        export(vqvae, options.out, evaluation, training, picture)
+        log = source.parent / "log.jsonl" if (source.parent / "log.jsonl").is_file() else source / CURVE
+        export(vqvae, options.out, evaluation, training, picture, read_curve(log))
     except (ValueError, OSError) as error:
         print(f"perceptio: {error}", file=sys.stderr)
         return 2

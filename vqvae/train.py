@@ -36,7 +36,7 @@ from ..configuration_perceptio import PerceptioDepthConfig
 from ..data.manifest import write_json
 from ..modeling_depth_vqvae import DepthVQVAE
 from .evaluate import draw, evaluate, report
-from .export import export, sort_codes
+from .export import export, read_curve, sort_codes
 from .maps import MapSet, write_maps
 from .quantizer import DepthTraining, LearnedCodebook
 
@@ -348,7 +348,8 @@ class Trainer:
             picture = draw(vqvae, self.eval_maps[range(min(DRAWN, len(self.eval_maps)))])
             known = {key: self.train_maps.facts.get(key) for key in ("source", "teacher", "teacher_licence")}
             facts = {"maps": len(self.train_maps), **known}
-            export(vqvae, self.out / "model", result, {**self.config.recipe(), **facts}, picture)
+            curve = read_curve(self.out / LOG)
+            export(vqvae, self.out / "model", result, {**self.config.recipe(), **facts}, picture, curve)
         self.accelerator.wait_for_everyone()
         return result
 
