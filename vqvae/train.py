@@ -79,6 +79,8 @@ class DepthTrainingConfig:
     idle_from: float = field(default=0.45, metadata={"help": "share of the steps without that"})
     cycle_weight: float = field(default=0.005, metadata={"help": "of the decoded map having the same codes"})
     cycle_from: float = field(default=0.6, metadata={"help": "share of the steps without the cycle: it costs a third"})
+    settle_weight: float = field(default=0.05, metadata={"help": "of the cycle towards the end"})
+    settle_from: float = field(default=0.75, metadata={"help": "share of the steps after which that is"})
     code_decay: float = field(default=0.99, metadata={"help": "of the moving averages of the codes"})
     revive_below: float = field(default=1.0, metadata={"help": "cells a batch; a code with fewer is placed anew"})
     flip: bool = field(default=True, metadata={"help": "mirror half of the maps"})
@@ -101,6 +103,7 @@ class DepthTrainingConfig:
             "codes_from": 0 <= self.codes_from < 1,
             "idle_from": 0 <= self.idle_from <= 1,
             "cycle_from": 0 <= self.cycle_from <= 1,
+            "settle_from": 0 <= self.settle_from <= 1,
             "noise": 0 <= self.noise < math.inf,
             "code_decay": 0 <= self.code_decay < 1,
             "loss": self.loss in ("l1", "l2"),
@@ -228,7 +231,10 @@ class Trainer:
         torch.manual_seed(config.seed * 1_000_003 + self.step)
         maps, noise = self._batch()
         warm = self.step < round(config.codes_from * config.steps)
-        cycle = config.cycle_weight > 0 and not warm and self.step >= config.cycle_from * config.steps
+        share = self.step / config.steps
+        settling = share >= config.settle_from
+        cycle_weight = config.settle_weight if settling else config.cycle_weight * (share >= config.cycle_from)
+        cycle = cycle_weight > 0 and not warm
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_share(self.step, config)
         losses = self.training(maps.to(device), noise.to(device) if warm else None, cycle)
@@ -236,7 +242,7 @@ class Trainer:
         if not warm and self.step >= config.idle_from * config.steps:
             loss = loss + config.idle_weight * losses["idle"]
         if cycle:
-            loss = loss + config.cycle_weight * losses["cycle"]
+            loss = loss + cycle_weight * losses["cycle"]
         self._check(loss)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
