@@ -62,10 +62,11 @@ class DepthTraining(nn.Module):
         super().__init__()
         self.vqvae, self.codebook, self.loss = vqvae, codebook, loss
 
-    def forward(self, maps: Tensor, noise: Tensor | None, cycle: bool) -> dict[str, Tensor]:
+    def forward(self, maps: Tensor, noise: Tensor | None, cycle: str | None) -> dict[str, Tensor]:
         """maps float[B, H, W] in [0, 1] at the tokenizer's resolution.
 
         noise: float[B, D, h, w] that is laid on the latents before there are codes, or None once there are.
+        cycle: what the cycle trains, "encoder" or "both" (the decoder too); None for no cycle.
 
         Returns recon (mean absolute or squared error of log depth, as a share of its range), commitment (distance from
         the latents to their codes; before there are codes, how far their size is from 1), and once there are codes
@@ -80,7 +81,11 @@ class DepthTraining(nn.Module):
         quantised, ids, commitment = self.codebook(latents)
         recon, decoded = self._recon(quantised, target)
         losses = {"recon": recon, "commitment": commitment, "idle": self._idle(latents), "ids": ids}
-        return losses | {"cycle": self._cycle(decoded, ids)} if cycle else losses
+        if cycle == "both":  # from the codes as they are: through the straight-through latents it would go astray
+            decoded = self.vqvae.decoder(quantised.detach()).float()
+        if cycle is not None:
+            losses["cycle"] = self._cycle(decoded.detach() if cycle == "encoder" else decoded, ids)
+        return losses
 
     def _recon(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         decoded = self.vqvae.decoder(latents).float()
@@ -98,5 +103,4 @@ class DepthTraining(nn.Module):
         return math.log(len(share)) + (share * share.clamp(min=1e-12).log()).sum()
 
     def _cycle(self, decoded: Tensor, ids: Tensor) -> Tensor:
-        """Of the encoder alone: a gradient through the decoder too tears the codes apart within a hundred steps."""
-        return F.cross_entropy(self._closeness(self.vqvae.encoder(decoded.detach().clamp(-1, 1))), ids.flatten())
+        return F.cross_entropy(self._closeness(self.vqvae.encoder(decoded.clamp(-1, 1))), ids.flatten())

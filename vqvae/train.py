@@ -77,10 +77,17 @@ class DepthTrainingConfig:
     commitment_weight: float = 0.25
     idle_weight: float = field(default=0.0015, metadata={"help": "of codes being used alike"})
     idle_from: float = field(default=0.45, metadata={"help": "share of the steps without that"})
-    cycle_weight: float = field(default=0.005, metadata={"help": "of the decoded map having the same codes"})
-    cycle_from: float = field(default=0.6, metadata={"help": "share of the steps without the cycle: it costs a third"})
-    settle_weight: float = field(default=0.05, metadata={"help": "of the cycle towards the end"})
-    settle_from: float = field(default=0.75, metadata={"help": "share of the steps after which that is"})
+    idle_until: float = field(default=0.85, metadata={"help": "share of the steps after which it ends"})
+    cycle_from: list[float] = field(
+        default_factory=lambda: [0.6, 0.75, 0.85, 0.95], metadata={"help": "shares of the steps, rising"}
+    )
+    cycle_weight: list[float] = field(
+        default_factory=lambda: [0.005, 0.05, 0.15, 0.03],
+        metadata={"help": "of the decoded map having the same codes, from each of these shares on"},
+    )
+    joint_from: float = field(
+        default=0.95, metadata={"help": "share of the steps after which the cycle trains the decoder too"}
+    )
     code_decay: float = field(default=0.99, metadata={"help": "of the moving averages of the codes"})
     revive_below: float = field(default=1.0, metadata={"help": "cells a batch; a code with fewer is placed anew"})
     flip: bool = field(default=True, metadata={"help": "mirror half of the maps"})
@@ -102,8 +109,10 @@ class DepthTrainingConfig:
             "cool_from": 0 <= self.cool_from <= 1,
             "codes_from": 0 <= self.codes_from < 1,
             "idle_from": 0 <= self.idle_from <= 1,
-            "cycle_from": 0 <= self.cycle_from <= 1,
-            "settle_from": 0 <= self.settle_from <= 1,
+            "joint_from": 0 <= self.joint_from <= 1,
+            "idle_until": 0 <= self.idle_until <= 1,
+            "cycle_from": all(0 <= share <= 1 for share in self.cycle_from),
+            "cycle_weight": len(self.cycle_weight) == len(self.cycle_from),
             "noise": 0 <= self.noise < math.inf,
             "code_decay": 0 <= self.code_decay < 1,
             "loss": self.loss in ("l1", "l2"),
@@ -119,6 +128,10 @@ class DepthTrainingConfig:
     def model(self) -> PerceptioDepthConfig:
         names = {item.name for item in fields(PerceptioDepthConfig)} & {item.name for item in fields(self)}
         return PerceptioDepthConfig(**{name: getattr(self, name) for name in names})
+
+    def cycle(self) -> list[tuple[float, float]]:
+        """(share of the steps from which on, weight)."""
+        return list(zip(self.cycle_from, self.cycle_weight, strict=True))
 
     def recipe(self) -> dict:
         """What decides the result: a run may only be continued with the same."""
@@ -232,16 +245,15 @@ class Trainer:
         maps, noise = self._batch()
         warm = self.step < round(config.codes_from * config.steps)
         share = self.step / config.steps
-        settling = share >= config.settle_from
-        cycle_weight = config.settle_weight if settling else config.cycle_weight * (share >= config.cycle_from)
-        cycle = cycle_weight > 0 and not warm
+        cycle_weight = [0.0, *(weight for start, weight in config.cycle() if share >= start)][-1]
+        cycle = None if warm or not cycle_weight else "both" if share >= config.joint_from else "encoder"
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_share(self.step, config)
         losses = self.training(maps.to(device), noise.to(device) if warm else None, cycle)
         loss = losses["recon"] + config.commitment_weight * losses["commitment"]
-        if not warm and self.step >= config.idle_from * config.steps:
+        if not warm and config.idle_from <= share < config.idle_until:
             loss = loss + config.idle_weight * losses["idle"]
-        if cycle:
+        if cycle is not None:
             loss = loss + cycle_weight * losses["cycle"]
         self._check(loss)
         self.optimizer.zero_grad()
