@@ -8,9 +8,11 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 CODE_FILES = (
+    "adapters_perceptio.py",
     "configuration_perceptio.py",
     "files_perceptio.py",
     "generation_perceptio.py",
+    "losses_perceptio.py",
     "modeling_depth_vqvae.py",
     "modeling_perceptio.py",
     "pipeline_perceptio.py",

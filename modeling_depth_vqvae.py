@@ -242,7 +242,8 @@ class DepthVQVAE(PreTrainedModel):
             raise ValueError(
                 f"`logits` has shape {tuple(logits.shape)}, expected [batch, {side * side}, {self.config.num_codes}]"
             )
-        merged = logits.float().softmax(-1) @ self.codebook.float()  # [B, N, D]
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        merged = logits.to(kind).softmax(-1) @ self.codebook.to(kind)  # [B, N, D]
         return merged.to(self.codebook.dtype).unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
     def encode(self, depth: Tensor) -> Tensor:
@@ -251,7 +252,8 @@ class DepthVQVAE(PreTrainedModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents float[B, D, h, w] → relative inverse depth float[B, H, W], not clamped: it can be trained."""
-        return self.unwarp(self.decoder(latents).float())
+        decoded = self.decoder(latents)
+        return self.unwarp(decoded.to(torch.promote_types(decoded.dtype, torch.float32)))
 
     def decode_ids(self, ids: Tensor) -> Tensor:
         """Ids int[B, h, w] or int[B, h*w] → relative inverse depth float32[B, H, W] in [0, 1], larger is nearer."""

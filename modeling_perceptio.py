@@ -21,9 +21,27 @@ from transformers import (
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
+from .adapters_perceptio import RECORD, check_adapter_report, read_adapter, split_adapter, take_record
 from .configuration_perceptio import PerceptioConfig
 from .files_perceptio import check_weight_files, copy_code
 from .generation_perceptio import GrammarAlone, PerceptionGrammar, SpanGuard, opened_by, parse_span
+from .losses_perceptio import (
+    DEFAULT_WEIGHTS,
+    IGNORED,
+    Head,
+    at_least_float32,
+    depth_count_loss,
+    depth_recon_loss,
+    depth_token_loss,
+    head_cross_entropy,
+    mask_iou,
+    sample_points,
+    seg_bce_loss,
+    seg_dice_loss,
+    seg_iou_loss,
+    seg_object_loss,
+    total_loss,
+)
 from .modeling_depth_vqvae import DepthVQVAE
 
 # Weight-only quantization is for the language model; masks and depth lose more by it than memory gains.
@@ -36,10 +54,12 @@ OWN_PARTS = ("seg_projector", "mask_model", "depth_model")
 @dataclass
 class PerceptioCausalLMOutput(ModelOutput):
     """
-    loss: float[], next-token cross-entropy, when `labels` were given.
-    logits: float[B, L, V], or the last `logits_to_keep` positions.
+    loss: float[], next-token cross-entropy when `labels` were given; with `targets`, the weighted sum of all losses.
+    logits: float[B, L, V], or the last `logits_to_keep` positions; never made with `targets`.
     last_hidden_state: float[B, L, D], what `[SEG]` is read from.
     image_hidden_states: float[T, tokens, D], the projected picture tiles.
+    losses: with `targets`, each unweighted term: what this batch adds to its mean over `targets["counts"]`.
+    figures: with `targets`, (sum, count) of each accuracy of this batch.
     """
 
     loss: Tensor | None = None
@@ -49,6 +69,8 @@ class PerceptioCausalLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    figures: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -167,7 +189,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             self.depth_model = DepthVQVAE(config.depth_config)
         self.missing_branches = frozenset(BRANCHES) - set(branches)
         absent = [rf"^{part}\." for branch in sorted(self.missing_branches) for part in BRANCHES[branch]]
-        self._keys_to_ignore_on_load_unexpected = absent or None
+        self._keys_to_ignore_on_load_unexpected = [*absent, rf"(^|\.){RECORD}$"]
         self.freeze()
         self.post_init()
 
@@ -192,6 +214,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         kwargs["use_safetensors"] = True
         wants_report = kwargs.pop("output_loading_info", False)
         ignore_mismatched = kwargs.pop("ignore_mismatched_sizes", False)  # refused here, where both shapes are known
+        pretrained_model_name_or_path, adapter = split_adapter(pretrained_model_name_or_path, kwargs)
         quantization = kwargs.get("quantization_config")
         if quantization is not None:
             _spare_branches(quantization)
@@ -208,7 +231,24 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         model._check_numbers(pretrained_model_name_or_path)
         if "depth" not in model.missing_branches:
             model.depth_model.check_codebook(pretrained_model_name_or_path)
+        if adapter is not None and not model._hf_peft_config_loaded:
+            model.load_adapter(**adapter)
         return (model, report) if wants_report else model
+
+    def load_adapter(
+        self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict: dict | None = None, **kwargs
+    ):
+        """As in the library, but an adapter that was trained on another base is refused, before anything changes."""
+        label, options = adapter_name or "default", dict(kwargs.get("adapter_kwargs") or {})
+        weights = read_adapter(self, peft_model_id, adapter_state_dict, label, options)
+        report = super().load_adapter(peft_model_id, label, peft_config, weights, **kwargs)
+        check_adapter_report(report, peft_model_id, label)
+        return report
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """`PeftModel` hands over an adapter here, with the record of its base among the weights."""
+        take_record(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_report(self, report: dict, name, allow_missing: bool, ignore_mismatched: bool) -> None:
         missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -267,16 +307,19 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         return_dict: bool | None = None,
         sam_pixel_values: Tensor | None = None,
         original_sizes: Tensor | None = None,
+        targets: dict | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PerceptioCausalLMOutput | tuple:
-        """The language side alone: what a decoding step needs, at InternVL's cost.
+        """The language side alone: what a decoding step needs, at InternVL's cost.  With `targets`, all losses.
 
         pixel_values: float[T, 3, H, W], all tiles of the batch in the order of their placeholders.
         labels: int[B, L], -100 where nothing is to be learned.
+        targets: the masks and depth to be learned, as `perceptio.training.collator` makes them.
         sam_pixel_values, original_sizes: taken, so that all the processor's output can be passed, and not used here.
         """
         if mm_encoder_outputs is not None:
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        idle = 0.0 if targets is None or pixel_values is not None else self._idle_picture()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -288,6 +331,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             **kwargs,
         )
         states = outputs.last_hidden_state
+        if targets is not None:
+            return self._learn(states, input_ids, labels, targets, idle)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(states[:, kept])
         loss = None
@@ -306,6 +351,118 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         )
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else output.to_tuple()
+
+    # Training
+
+    def _learn(self, states: Tensor, input_ids: Tensor, labels: Tensor, targets: dict, idle: Tensor | float):
+        """All losses of a batch.  What a batch has none of is run on zeros and counts nothing, so that all processes
+        do the same things in the same order, whatever they were given.  idle: 0, of a picture that is not there."""
+        head = Head.of(self.lm_head)
+        sums, figures, predicted = self._text_terms(states, labels, head)
+        depth = self._depth_terms(states, input_ids, predicted, head, targets)
+        for terms, found in (depth, self._mask_terms(states, targets)):
+            sums |= terms
+            figures |= found
+        loss, parts = total_loss(sums, targets["counts"], targets.get("weights", DEFAULT_WEIGHTS))
+        return PerceptioCausalLMOutput(loss=loss + idle, losses=parts, figures=figures)
+
+    def _text_terms(self, states: Tensor, labels: Tensor, head: Head) -> tuple[dict, dict, Tensor]:
+        learned = labels[:, 1:] != IGNORED
+        gold = labels[:, 1:][learned]
+        total, likeliest = head_cross_entropy(states[:, :-1][learned], head, gold)
+        predicted = torch.full_like(labels, IGNORED)
+        predicted[:, 1:][learned] = likeliest
+        first, codes = self.config.depth_code_token_ids
+        control = torch.tensor(
+            [self.config.seg_token_id, self.config.depth_start_token_id, self.config.depth_end_token_id],
+            device=labels.device,
+        )
+        answer = (labels != IGNORED) & ~torch.isin(labels, control) & ((labels < first) | (labels >= first + codes))
+        answer[:, 0] = False
+        right = ((predicted == labels) | ~answer).all(-1) & answer.any(-1)
+        figures = {
+            "token_accuracy": _share((likeliest == gold).sum(), gold.numel()),
+            "answer_accuracy": _share(right.sum(), answer.any(-1).sum()),
+        }
+        return {"text_loss": total}, figures, predicted
+
+    def _depth_terms(self, states: Tensor, input_ids: Tensor, predicted: Tensor, head: Head, targets: dict):
+        rows, starts = targets["depth_positions"].unbind(-1)
+        (first, codes), n = self.config.depth_code_token_ids, self.config.span_length
+        places = torch.arange(n + 2, device=states.device)
+        rows, columns = rows[:, None], starts[:, None] + places  # [R, 1], [R, N + 2]: start, codes, end
+        gold = input_ids[rows, columns]
+        markers = [self.config.depth_start_token_id, self.config.depth_end_token_id]
+        ids = torch.tensor([*range(first, first + codes), markers[1]], device=states.device)
+        span = states[rows, columns[:, :-1]]  # [R, N + 1, D], what the codes and the end are told from
+        logits = (span @ head.select(ids).to(span.dtype).T).to(at_least_float32(span.dtype))  # [R, N + 1, K + 1]
+        around = torch.cat([states[rows[:, 0], starts - 1], span[:, -1]])
+        marker, _ = head_cross_entropy(around, head, torch.cat([gold[:, 0], gold[:, -1]]))
+        inside, targeted = logits[:, :-1, :-1], gold[:, 1:-1] - first
+        sums = {
+            "depth_marker_loss": marker,
+            "depth_token_loss": depth_token_loss(inside, targeted).sum(),
+            "depth_count_loss": depth_count_loss(logits).sum(),
+            "depth_recon_loss": self._recon(inside, targets).sum(),
+        }
+        said = predicted[rows, columns]
+        kinds = (said[:, 1:-1] >= first) & (said[:, 1:-1] < first + codes)
+        whole = kinds.all(-1) & (said[:, 0] == markers[0]) & (said[:, -1] == markers[1])
+        figures = {
+            "span_token_accuracy": _share((said == gold).sum(), gold.numel()),
+            "code_accuracy": _share((inside.argmax(-1) == targeted).sum(), targeted.numel()),
+            "span_validity": _share(whole.sum(), len(rows)),
+        }
+        return sums, figures
+
+    def _recon(self, logits: Tensor, targets: dict) -> Tensor:
+        self._require("depth")
+        given = logits if len(logits) else logits.new_zeros(1, *logits.shape[1:])
+        decoded = self.depth_model.decode(self.depth_model.soft_merge(given))[: len(logits)]
+        return depth_recon_loss(decoded, targets["depth_labels"].to(decoded))
+
+    def _mask_terms(self, states: Tensor, targets: dict):
+        self._require("mask")
+        rows, columns = targets["seg_positions"].unbind(-1)
+        count, present = len(rows), targets["mask_present"]
+        if count:
+            features = targets.get("sam_features") or self.encode_pictures(targets["sam_pixel_values"])
+            logits, ious, objects = self._candidates(states[rows, columns], features, targets["mask_images"])
+        else:
+            idle = self._candidates(states[0, :1].detach(), self._idle_features(states, targets), [0])
+            logits, ious, objects = (output[:0] for output in idle)
+        gold = targets["mask_labels"].to(logits.dtype)  # [M, h, w]
+        intersection, union = mask_iou(logits, gold[:, None])
+        found = intersection / union.clamp(min=1)  # [M, candidates]
+        index, best = torch.arange(count, device=logits.device), ious.argmax(-1)
+        chosen, overlap = logits[index, best], found[index, best]
+        points, golden = sample_points(
+            chosen[present], gold[present], targets["mask_seeds"][present], targets["mask_points"]
+        )
+        sums = {
+            "seg_bce_loss": seg_bce_loss(points, golden).sum(),
+            "seg_dice_loss": seg_dice_loss(points, golden).sum(),
+            "seg_object_loss": seg_object_loss(objects, present).sum(),
+            "seg_iou_loss": seg_iou_loss(ious[present], found[present]).sum(),
+        }
+        figures = {
+            "mask_iou": _share(overlap[present].sum(), present.sum()),
+            "mask_ciou": _share(intersection[index, best][present].sum(), union[index, best][present].sum()),
+            "object_accuracy": _share(((objects > 0) == present).sum(), count),
+        }
+        return sums, figures
+
+    def _idle_features(self, like: Tensor, targets: dict) -> tuple[Tensor, ...]:
+        if targets.get("encode_idle"):  # DeepSpeed gathers the encoder's weights from all processes, layer by layer
+            side = self.config.mask_image_size
+            return self.encode_pictures(like.new_zeros(1, 3, side, side))
+        vision = self.config.mask_config.vision_config
+        return tuple(like.new_zeros(1, vision.fpn_hidden_size, *size) for size in vision.backbone_feature_sizes)
+
+    def _idle_picture(self) -> Tensor:
+        weight = next(self.model.multi_modal_projector.parameters())
+        tile = torch.zeros(1, 3, *self.config.vision_config.image_size, device=weight.device)
+        return self.model.get_image_features(tile).pooler_output[:0].sum()
 
     # Generation
 
@@ -433,7 +590,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         """SAM2's frozen image encoder, once per picture: float[S, 3, H, W] → maps at strides 4, 8 and 16."""
         encoder = self.mask_model.vision_encoder
         weight = next(encoder.parameters())
-        return tuple(encoder(sam_pixel_values.to(weight.device, weight.dtype)).fpn_hidden_states)
+        with torch.no_grad():
+            return tuple(encoder(sam_pixel_values.to(weight.device, weight.dtype)).fpn_hidden_states)
 
     def decode_masks(self, states: Tensor, features: tuple[Tensor, ...], images: list[int] | Tensor) -> MaskOutput:
         """One mask for each hidden state.
@@ -441,6 +599,16 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         states: float[M, D], last hidden states at `[SEG]`.
         features: from `encode_pictures`;  images: int[M], the picture (row of the features) of each state.
         """
+        logits, ious, objects = self._candidates(states, features, images)
+        best = ious.argmax(-1)
+        rows = torch.arange(len(best), device=best.device)
+        return MaskOutput(
+            mask_logits=logits[rows, best], mask_scores=ious[rows, best], object_scores=objects.sigmoid()
+        )
+
+    def _candidates(self, states: Tensor, features, images) -> tuple[Tensor, Tensor, Tensor]:
+        """SAM2's candidates for each state: mask logits float[M, C, h, w], their IoUs float[M, C], and the logit of
+        the thing being there float[M]."""
         self._require("mask")
         model, decoder = self.mask_model, self.mask_model.mask_decoder
         weight = decoder.iou_token.weight
@@ -461,13 +629,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             multimask_output=True,
             high_resolution_features=[fine[images], middle[images]],
         )  # [M, 1, candidates, h, w], [M, 1, candidates], _, [M, 1, 1]
-        best = ious[:, 0].argmax(-1)
-        rows = torch.arange(len(best), device=best.device)
-        return MaskOutput(
-            mask_logits=logits[rows, 0, best].float(),
-            mask_scores=ious[rows, 0, best].float(),
-            object_scores=objects[:, 0, 0].float().sigmoid(),
-        )
+        kind = at_least_float32(logits.dtype)
+        return logits[:, 0].to(kind), ious[:, 0].to(kind), objects[:, 0, 0].to(kind)
 
     def _empty_prompt(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """SAM2's embeddings of "no point, no box, no mask", to which the state at `[SEG]` is one more token."""
@@ -479,6 +642,11 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         """Codes int[R, N] (0 … K-1, row-major) → relative inverse depth float32[R, H, W] in [0, 1], 1 is nearest."""
         self._require("depth")
         return self.depth_model.decode_ids(codes)
+
+
+def _share(amount: Tensor, count: Tensor | int) -> Tensor:
+    """(sum, count), to be added up before they are divided."""
+    return torch.stack([amount.detach().float(), torch.as_tensor(count, device=amount.device).float()])
 
 
 def _some(names: list[str], most: int = 5) -> str:

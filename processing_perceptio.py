@@ -561,7 +561,7 @@ class PerceptioProcessor(ProcessorMixin):
             data["original_sizes"] = sizes
         if any(opened):
             data["sam_pixel_values"] = [
-                self._sam_pixels(row[0]) for row, seg in zip(pictures, opened, strict=True) if seg
+                self.sam_pixels(row[0]) for row, seg in zip(pictures, opened, strict=True) if seg
             ]
             if return_tensors is not None:
                 data["sam_pixel_values"] = np.stack(data["sam_pixel_values"])
@@ -613,7 +613,7 @@ class PerceptioProcessor(ProcessorMixin):
                 )
         return opened
 
-    def _sam_pixels(self, picture: Image.Image) -> np.ndarray:
+    def sam_pixels(self, picture: Image.Image) -> np.ndarray:
         """float32[3, S, S]: squeezed to a square, as SAM2 was trained."""
         side = self.sam_image_size
         pixels = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32) / 255

@@ -122,6 +122,7 @@ def backbone_of(model: PerceptioForConditionalGeneration) -> InternVLForConditio
             text_config=config.text_config,
             image_token_id=config.image_token_id,
             image_seq_length=config.image_seq_length,
+            tie_word_embeddings=config.tie_word_embeddings,
         )
     ).eval()
     # The very same tensors: copies lie elsewhere in memory, and that alone moves a matrix product by some percent.
