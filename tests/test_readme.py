@@ -85,6 +85,27 @@ def test_the_figures_of_the_data_come_from_their_files():
     assert label["local"]["ratio"] >= 1.7 and label["ray"]["ratio"] >= 1.7
 
 
+def test_the_figures_of_fine_tuning_come_from_their_files():
+    section = README.split("## Fine-tune")[1].split("\n## ")[0]
+    step, survival = (
+        json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("sft", "survival")
+    )
+    ratios = step["masks and depth"]["ratios"]["perceptio / trl"]
+    kills, spoilt = survival["kills"], survival["one_bad_sample_in_64"]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (\w.*) \|$", section, flags=re.MULTILINE)]
+    assert [row[-2:] for row in rows] == [
+        [f"{ratios['time']:.2f}", "1.15"],
+        [f"{ratios['memory']:.2f}", "1.10"],
+        [str(kills["ours"]["identical"]), str(kills["ours"]["kills"])],
+        [str(spoilt["ours"]["not_finite"]), "0"],
+    ]
+    assert (
+        f"(stock: {kills['stock']['identical']})" in section and f"(stock: {spoilt['stock']['not_finite']})" in section
+    )
+    assert ratios["time"] <= 1.15 and ratios["memory"] <= 1.10 and kills["ours"]["identical"] == 20
+
+
 def test_the_figures_of_the_depth_tokenizer_come_from_their_files():
     """They may fall short of their bar; then the README says so by showing both."""
     section = README.split("## The depth tokenizer")[1].split("\n## ")[0]

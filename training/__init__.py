@@ -1,0 +1,1 @@
+"""Fine-tuning: what `train_sft.py` is built of.  Needs the extra `train`."""

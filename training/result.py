@@ -1,0 +1,123 @@
+"""What a run leaves behind: a folder that loads, and the scores before and after."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, constants
+from peft import get_peft_model
+
+from ..data.manifest import write_json
+from ..hub.manifest import scan_pickles
+from ..modeling_perceptio import PerceptioForConditionalGeneration
+from .adapter_folders import _whole_folder, save_adapter_folder, save_merged_folder, stamp_adapter
+from .models import is_sharded
+
+ARGUMENTS = "training_args.bin"  # a pickle, which nobody should have to load
+MODEL, SCORES = "model", "scores.json"
+
+
+def finish_folder(folder, model, base: str) -> None:
+    """What the library's `save_model` wrote, made fit to be loaded by others."""
+    folder = Path(folder)
+    (folder / ARGUMENTS).unlink(missing_ok=True)
+    if (folder / "adapter_model.safetensors").is_file():
+        stamp_adapter(folder, model, base)
+
+
+def save_result(trainer, merge: bool = False, scores: dict | None = None) -> Path:
+    """Write `model/` into the output folder, and `scores.json` beside it; prints what changed."""
+    folder = Path(trainer.args.output_dir) / MODEL
+    model = gather(trainer) if is_sharded(trainer.args) else trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero():
+        model.config.untrained = False
+        if not hasattr(model, "peft_config"):
+            with _whole_folder(folder) as unfinished:
+                model.save_pretrained(unfinished)
+                trainer.processing_class.save_pretrained(unfinished)
+        elif merge:
+            save_merged_folder(model, trainer.processing_class, folder)
+        else:
+            save_adapter_folder(model, trainer.processing_class, folder, trainer.base_name)
+        if scores and scores["after"]:
+            write_json(folder.parent / SCORES, scores)
+            print(compare(scores["before"], scores["after"]))
+        print(f"wrote {folder}")
+    trainer.result_step = trainer.state.global_step
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def push_folder(folder: Path, name: str, token: str | None = None, private: bool | None = None, **kwargs):
+    """Upload a result to the model repository `name`, which is made if it is not there, and return the commit.
+
+    kwargs: for `HfApi.upload_folder`.  Whatever goes wrong, the folder stays as it is, and the message says so.
+    """
+    if problems := scan_pickles(folder):
+        raise ValueError(f"{folder} is not pushed: {problems[0]}; take that file out")
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        check_base_is_public(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"])
+    api = HfApi(library_name="perceptio", token=token)
+    try:
+        name = api.create_repo(name, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=name, folder_path=folder, **kwargs)
+    except Exception as error:
+        private = " --private" if private else ""
+        raise OSError(
+            f"the result is safe in {folder}, but it could not be pushed to {name} ({explain_push(error)}): push it "
+            f"with `hf upload {name} {folder}{private}`"
+        ) from error
+
+
+def check_base_is_public(base: str) -> None:
+    """An adapter is pushed with the name of its base, so that must be a Hub id."""
+    if Path(base).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        raise ValueError(
+            f"an adapter of {base} is not pushed: nobody else has that folder, so push it with `hf upload` and train "
+            "from its Hub id, or write a whole model with `merge`"
+        )
+
+
+def explain_push(error: Exception) -> str:
+    """Why the Hub did not take something, in a few words."""
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of a file that could not be sent
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the Hub refuses the token with {status}: log in with `hf auth login`, or set HF_TOKEN"
+    first = next(iter(str(error).splitlines()), "")
+    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("httpx"):
+        return f"no connection to {constants.ENDPOINT}: {first}"
+    return f"{type(error).__name__}: {getattr(error, 'server_message', None) or first}"
+
+
+def gather(trainer):
+    """Weights that are cut over the processes, put together in a model in the main process's memory."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return None
+    base = PerceptioForConditionalGeneration.from_pretrained(trainer.base_name, dtype=torch.float32)
+    adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None)
+    model = base if adapters is None else get_peft_model(base, next(iter(adapters.values())))
+    model.load_state_dict(weights)
+    return model
+
+
+def compare(before: dict, after: dict) -> str:
+    """A table of each figure before and after."""
+    timing = ("_runtime", "_per_second", "_time")
+    names = [
+        name for name in after if isinstance(after[name], float) and not name.endswith(timing) and name != "epoch"
+    ]
+    lines = [f"{'':<40}{'before':>10}{'after':>10}"]
+    lines += [f"{name:<40}{before.get(name, float('nan')):>10.4f}{after[name]:>10.4f}" for name in names]
+    return "\n".join(lines)
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Of every token and its id."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()[:16]
