@@ -417,7 +417,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
 
     def _recon(self, logits: Tensor, targets: dict) -> Tensor:
         self._require("depth")
-        given = logits if len(logits) else logits.new_zeros(1, *logits.shape[1:])
+        given = logits if len(logits) else nn.functional.pad(logits, (0, 0, 0, 0, 0, 1))
         decoded = self.depth_model.decode(self.depth_model.soft_merge(given))[: len(logits)]
         return depth_recon_loss(decoded, targets["depth_labels"].to(decoded))
 

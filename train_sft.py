@@ -209,14 +209,17 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
         )
         cast_trained(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the counts of the whole step
-        self._tallies = {mode: defaultdict(lambda: torch.zeros(2)) for mode in ("train", "eval")}
+        self._tallies = {mode: defaultdict(lambda: torch.zeros(2, device=args.device)) for mode in ("train", "eval")}
         self._micro, self.current_sample_ids = 0, []
         plugin = self.args.deepspeed_plugin
         self._encodes_idle = plugin is not None and plugin.zero_stage == 3 and features is None
 
     def _prepare_for_training(self, *args, **kwargs):
         with ends_in_root(self.model) if is_sharded(self.args) else nullcontext():
-            return super()._prepare_for_training(*args, **kwargs)
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        seen = [line["num_tokens"] for line in self.state.log_history if "num_tokens" in line]
+        self._total_train_tokens = seen[-1] if seen else 0
+        return prepared
 
     # The loss
 
@@ -231,7 +234,8 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
         self._micro, self.current_sample_ids = 0, [name for batch in batches for name in batch.pop("sample_ids")]
         skipped = [entry for batch in batches for entry in batch.pop("skipped")]
         note_skipped(self.args.output_dir, skipped)
-        self._add("train", "skipped_records", torch.tensor([float(len(skipped)), 0.0]))
+        self._add("train", "skipped_records", torch.tensor([float(len(skipped)), 0.0], device=device))
+        self._total_train_tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
         counts = sum((batch["targets"]["counts"] for batch in batches), torch.zeros(len(COUNTS))).to(device)
         counts = self.accelerator.reduce(counts, "sum")
         for batch in batches:
@@ -245,8 +249,6 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
         own = targets.pop("own_counts", targets["counts"])
         output = model(**{**inputs, "targets": targets}, use_cache=False)
         self._note(mode, output, own, targets["counts"])
-        if mode == "train":
-            self._total_train_tokens += int(inputs["attention_mask"].sum())
         # The counts are those of every process, and the processes' gradients are averaged.
         loss = output.loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, output) if return_outputs else loss
@@ -268,13 +270,12 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
     # Figures
 
     def _note(self, mode: str, output, own: torch.Tensor, counts: torch.Tensor) -> None:
-        own, counts = (dict(zip(COUNTS, row.tolist(), strict=True)) for row in (own, counts))
+        """Sums and counts stay on the device until they are asked for."""
         for term, part in output.losses.items():
-            kind = COUNTED[term]
-            total = part.detach().float().cpu() * max(counts[kind], 1)
-            self._add(mode, term, torch.stack([total, torch.tensor(own[kind])]))
+            kind = COUNTS.index(COUNTED[term])
+            self._add(mode, term, torch.stack([part.detach().float() * counts[kind].clamp(min=1), own[kind]]))
         for name, pair in output.figures.items():
-            self._add(mode, name, pair.cpu())
+            self._add(mode, name, pair)
 
     def _add(self, mode: str, name: str, pair: torch.Tensor) -> None:
         self._tallies[mode][name] = self._tallies[mode][name] + pair
@@ -285,7 +286,7 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
         names = sorted(tally)
         if not names:
             return {}
-        pairs = self.accelerator.reduce(torch.stack([tally[name] for name in names]).to(self.args.device), "sum")
+        pairs = self.accelerator.reduce(torch.stack([tally[name] for name in names]), "sum")
         tally.clear()
         found = {}
         for name, (amount, count) in zip(names, pairs.tolist(), strict=True):
@@ -321,6 +322,17 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
                 show_panels(self, metric_key_prefix, draw_panels(self, records))
             self.accelerator.wait_for_everyone()
         return metrics
+
+    def _evaluate(self, *args, **kwargs):
+        """Data that cannot be read any more costs the evaluation, not the run."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            if self.args.world_size > 1 or self.args.load_best_model_at_end:
+                raise
+            logger.warning("step %d is not evaluated: %s", self.state.global_step, " ".join(str(error).split()))
+            self.model.train()
+            return {}
 
     # Saving
 
@@ -453,9 +465,10 @@ def fine_tune(run: RunArguments, config: PerceptioSFTConfig) -> int:
         print(rehearse_layout(run.model.removeprefix(LAYOUT), config, run.gpu, run.gpus, run.samples))
         return 0
     resume = config.resume_from_checkpoint or run.resume or None
-    if not (resume or run.dry_run) and (found := checkpoints(config.output_dir)):
+    found = [*checkpoints(config.output_dir), *Path(config.output_dir).glob(MODEL)]
+    if found and not (resume or run.dry_run):
         raise ValueError(
-            f"{config.output_dir} holds {found[-1].name} of an earlier run: pass --resume to go on from it, or name "
+            f"{config.output_dir} holds {found[0].name} of an earlier run: pass --resume to go on from it, or name "
             "another output_dir"
         )
     if config.push_to_hub and not (run.merge or config.full):

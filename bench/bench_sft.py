@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from bench_backbone import backbone_of
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GotOcr2ImageProcessorPil, InternVLForConditionalGeneration, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
@@ -172,7 +173,7 @@ def write_batches(folder: Path, model, processor, turns: int) -> dict:
             "masks": [len(batch["targets"]["mask_labels"]) for batch in batches],
             "spans": [len(batch["targets"]["depth_positions"]) for batch in batches],
         }
-        torch.save(batches, folder / f"{kind}.pt")
+        save_file(flat(batches), folder / f"{kind}.safetensors")
     return facts
 
 
@@ -304,11 +305,40 @@ def peer_trainer(folder: Path, batches: list[dict], data: Dataset, kind: str, **
     return trainer
 
 
+def flat(value, name: str = "") -> dict[str, torch.Tensor]:
+    """Batches as tensors by their path; whole numbers become tensors, and names of samples stay behind."""
+    if isinstance(value, torch.Tensor):
+        return {name: value.contiguous()}
+    if isinstance(value, int):
+        return {f"{name}:int": torch.tensor(value)}
+    if isinstance(value, str):
+        return {}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: tensor for part, inner in pairs for key, tensor in flat(inner, f"{name}/{part}").items()}
+
+
+def nested(tensors: dict[str, torch.Tensor]) -> list[dict]:
+    """The batches again."""
+    tree: dict = {}
+    for name, tensor in tensors.items():
+        *path, last = name.strip("/").split("/")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last.removesuffix(":int")] = int(tensor) if last.endswith(":int") else tensor
+    batches = [tree[str(index)] for index in range(len(tree))]
+    for batch in batches:
+        batch |= {"sample_ids": [], "skipped": []}
+        if features := batch.get("targets", {}).get("sam_features"):
+            batch["targets"]["sam_features"] = [features[str(index)] for index in range(len(features))]
+    return batches
+
+
 def be_trainer(folder: Path, trainer: str, kind: str) -> None:
     """The life of a child: everything that the library prints goes to standard error."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    batches = torch.load(folder / f"{kind}.pt")
+    batches = nested(load_file(folder / f"{kind}.safetensors"))
     data = Dataset.from_dict({"batch": [index % BATCHES for index in range(4 * MORE_STEPS)]})
     before = memory("VmRSS")
     turn = InTurn(channel)

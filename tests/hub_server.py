@@ -172,6 +172,7 @@ class HubServer:
         monkeypatch.setattr(hf_api.api, "endpoint", self.endpoint)
         monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # made when first used, and kept
         monkeypatch.setenv("HF_TOKEN", token or "")
+        monkeypatch.setenv("NO_PROXY", "*")
 
     def fail_uploads(self, first: int = 1, times: int = 1, how: int | str = "reset") -> None:
         """From the `first` upload after this call on, fail so many: a connection cut halfway, or a status like 500.
@@ -199,6 +200,19 @@ class HubServer:
                 found |= {f"{where}/{path}": blob.data for path, blob in commit.files.items()}
                 found[f"{where} message"] = f"{commit.title}\n{commit.message}".encode()
         return found
+
+
+ROUTES = []
+
+
+def route(pattern: str):
+    """For the method that answers requests like `pattern`: with content, or with content, status and headers."""
+
+    def note(method):
+        ROUTES.append((re.compile(pattern), method))
+        return method
+
+    return note
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -287,11 +301,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Repositories
 
+    @route(r"GET /api/whoami-v2")
     def whoami(self):
         if (user := self._user()) is None:
             raise Refusal(401, WRONG_TOKEN)
         return {"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 
+    @route(r"POST /api/validate-yaml")
     def validate_card(self):
         return {"errors": [], "warnings": []}
 
@@ -301,6 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._owner(name)
         return f"{asked.get('type') or 'model'}s", name
 
+    @route(r"POST /api/repos/create")
     def create(self):
         key, asked = self._named(), self._json()
         existing = self.hub.repositories.get(key)
@@ -313,16 +330,20 @@ class _Handler(BaseHTTPRequestHandler):
             return {**answer, "error": "You already created this repo"}, 409
         return answer
 
+    @route(r"DELETE /api/repos/delete")
     def delete(self):
         if self.hub.repositories.pop(self._named(), None) is None:
             raise Refusal(404, "Repository not found", "RepoNotFound")
         return {}
 
+    @route(rf"PUT {REPO}/settings")
     def change_settings(self, kind, name):
         repository, asked = self._repository(kind, name, write=True), self._json()
         repository.private = asked.get("visibility") == "private" or bool(asked.get("private"))
         return {}
 
+    @route(rf"GET {REPO}")
+    @route(rf"GET {REPO}/revision/(?P<revision>[^/]+)")
     def info(self, kind, name, revision=None):
         repository = self._repository(kind, name)
         commit = repository.at(revision or "main")
@@ -334,6 +355,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         return {**about, "downloads": 0, "likes": 0, "siblings": siblings}
 
+    @route(rf"GET {REPO}/refs")
     def refs(self, kind, name):
         repository = self._repository(kind, name)
         branches, tags = (
@@ -342,6 +364,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         return {"branches": branches, "tags": tags, "converts": [], "pullRequests": []}
 
+    @route(rf"GET {REPO}/commits/(?P<revision>[^/]+)")
     def history(self, kind, name, revision):
         repository, found = self._repository(kind, name), []
         commit = repository.at(revision)
@@ -351,10 +374,12 @@ class _Handler(BaseHTTPRequestHandler):
             commit = repository.commits.get(commit.parent)
         return found
 
+    @route(rf"POST {REPO}/branch/(?P<ref>[^/]+)")
     def make_branch(self, kind, name, ref):
         repository = self._repository(kind, name, write=True)
         return self._point(repository.branches, ref, repository.at(self._json().get("startingPoint") or "main").id)
 
+    @route(rf"POST {REPO}/tag/(?P<ref>[^/]+)")
     def make_tag(self, kind, name, ref):
         repository = self._repository(kind, name, write=True)
         return self._point(repository.tags, self._json()["tag"], repository.at(ref).id)
@@ -366,6 +391,7 @@ class _Handler(BaseHTTPRequestHandler):
         names[ref] = commit
         return {}
 
+    @route(rf"DELETE {REPO}/(?P<what>branch|tag)/(?P<ref>[^/]+)")
     def remove_ref(self, kind, name, what, ref):
         repository = self._repository(kind, name, write=True)
         names = repository.branches if what == "branch" else repository.tags
@@ -375,6 +401,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Files out
 
+    @route(rf"GET {REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
     def tree(self, kind, name, revision, folder=None):
         commit, start = self._repository(kind, name).at(revision), f"{folder}/" if folder else ""
         inside = {path: blob for path, blob in sorted(commit.files.items()) if path.startswith(start)}
@@ -390,6 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _folder(path: str) -> dict:
         return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
 
+    @route(rf"POST {REPO}/paths-info/(?P<revision>[^/]+)")
     def paths_info(self, kind, name, revision):
         commit = self._repository(kind, name).at(revision)
         asked = self._json() if self.body.startswith(b"{") else parse_qs(self.body.decode())
@@ -401,6 +429,7 @@ class _Handler(BaseHTTPRequestHandler):
                 found.append(self._folder(path))
         return found
 
+    @route(rf"(?:GET|HEAD) {FILE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve(self, kind, name, revision, path):
         commit = self._repository(kind, name).at(revision)
         if path not in commit.files:
@@ -412,6 +441,7 @@ class _Handler(BaseHTTPRequestHandler):
         linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
         return b"", 302, {**headers, **linked, "Location": f"{self.hub.storage}/{blob.sha256}"}
 
+    @route(r"(?:GET|HEAD) /objects/(?P<sha>[0-9a-f]{64})")
     def fetch_object(self, sha):
         if self.headers.get("Authorization"):
             raise Refusal(400, "a token was sent to the storage, which is not the Hub")
@@ -421,6 +451,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Files in
 
+    @route(rf"POST {REPO}/preupload/(?P<revision>[^/]+)")
     def preupload(self, kind, name, revision):
         repository, answers = self._repository(kind, name, write=True), []
         for file in self._json()["files"]:
@@ -431,6 +462,7 @@ class _Handler(BaseHTTPRequestHandler):
                             "oid": present and present.etag})  # fmt: skip
         return {"files": answers}
 
+    @route(rf"POST {FILE}\.git/info/lfs/objects/batch")
     def lfs_batch(self, kind, name):
         self._repository(kind, name, write=True)
         answers = []
@@ -439,12 +471,14 @@ class _Handler(BaseHTTPRequestHandler):
             answers.append(dict(wanted) if wanted["oid"] in self.hub.objects else {**wanted, "actions": upload})
         return {"transfer": "basic", "objects": answers}
 
+    @route(r"PUT /objects/(?P<sha>[0-9a-f]{64})")
     def store_object(self, sha):
         if hashlib.sha256(self.body).hexdigest() != sha:
             raise Refusal(400, "the bytes have another SHA-256 than their name")
         self.hub.objects[sha] = self.body
         return {}
 
+    @route(rf"POST {REPO}/commit/(?P<revision>[^/]+)")
     def commit(self, kind, name, revision):
         repository = self._repository(kind, name, write=True)
         if revision not in repository.branches:
@@ -472,30 +506,3 @@ class _Handler(BaseHTTPRequestHandler):
         made = repository.add(revision, Commit(header["summary"], header.get("description", ""), before.id, files))
         address = f"{self.hub.endpoint}/{repository.path}/commit/{made.id}"
         return {"success": True, "commitOid": made.id, "commitUrl": address}
-
-
-ROUTES = [
-    (re.compile(pattern), method)
-    for pattern, method in (
-        (r"GET /api/whoami-v2", _Handler.whoami),
-        (r"POST /api/validate-yaml", _Handler.validate_card),
-        (r"POST /api/repos/create", _Handler.create),
-        (r"DELETE /api/repos/delete", _Handler.delete),
-        (rf"PUT {REPO}/settings", _Handler.change_settings),
-        (rf"GET {REPO}", _Handler.info),
-        (rf"GET {REPO}/revision/(?P<revision>[^/]+)", _Handler.info),
-        (rf"GET {REPO}/refs", _Handler.refs),
-        (rf"GET {REPO}/commits/(?P<revision>[^/]+)", _Handler.history),
-        (rf"POST {REPO}/branch/(?P<ref>[^/]+)", _Handler.make_branch),
-        (rf"POST {REPO}/tag/(?P<ref>[^/]+)", _Handler.make_tag),
-        (rf"DELETE {REPO}/(?P<what>branch|tag)/(?P<ref>[^/]+)", _Handler.remove_ref),
-        (rf"GET {REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
-        (rf"POST {REPO}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
-        (rf"(?:GET|HEAD) {FILE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
-        (r"(?:GET|HEAD) /objects/(?P<sha>[0-9a-f]{64})", _Handler.fetch_object),
-        (rf"POST {REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
-        (rf"POST {FILE}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
-        (r"PUT /objects/(?P<sha>[0-9a-f]{64})", _Handler.store_object),
-        (rf"POST {REPO}/commit/(?P<revision>[^/]+)", _Handler.commit),
-    )
-]

@@ -478,7 +478,7 @@ def test_a_merged_folder_is_the_model(tiny_folder, untied, tmp_path, tied):
     live = {name: value.clone() for name, value in model.state_dict().items()}
     expected = seen_by(model)
     processor = PerceptioProcessor.from_pretrained(base)
-    save_merged_folder(model, processor, tmp_path / "merged", max_shard_size="200KB")
+    save_merged_folder(model, processor, tmp_path / "merged", "base", max_shard_size="200KB")
     assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
     assert verify_manifest(tmp_path / "merged") == []
     merged = load(tmp_path / "merged")
@@ -496,7 +496,7 @@ def test_the_model_trains_on_after_saving(untied, tmp_path):
     config = copy.deepcopy(model.peft_config["default"])
     processor = PerceptioProcessor.from_pretrained(untied)
     save_adapter_folder(model, processor, tmp_path / "adapter", "owner/base")
-    save_merged_folder(model, processor, tmp_path / "merged")
+    save_merged_folder(model, processor, tmp_path / "merged", "base")
     assert model.training and {name for name, p in model.named_parameters() if p.requires_grad} == trained
     assert model.peft_config["default"] == config
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -539,11 +539,11 @@ def test_nothing_is_overwritten_and_nothing_half_written(adapter, untied, tmp_pa
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     for save in (lambda out: save_adapter_folder(model, processor, out, "owner/base"),
-                 lambda out: save_merged_folder(model, processor, out)):  # fmt: skip
+                 lambda out: save_merged_folder(model, processor, out, "base")):  # fmt: skip
         with pytest.raises(ValueError, match="is not empty"):
             save(tmp_path / "taken")
     with pytest.raises(AttributeError):
-        save_merged_folder(model, None, tmp_path / "broken")
+        save_merged_folder(model, None, tmp_path / "broken", "base")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
@@ -552,7 +552,7 @@ def test_wrong_models_are_named(untied, tmp_path):
     with pytest.raises(ValueError, match="has no adapter"):
         save_adapter_folder(plain, None, tmp_path / "a", "owner/base")
     with pytest.raises(ValueError, match="is a Linear"):
-        save_merged_folder(torch.nn.Linear(2, 2), None, tmp_path / "a")
+        save_merged_folder(torch.nn.Linear(2, 2), None, tmp_path / "a", "base")
     model = wrap(plain)
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
@@ -659,7 +659,7 @@ def test_a_four_bit_base_trains_saves_and_is_recognised(wide, tmp_path):
         with pytest.raises(ValueError, match="another base"):
             with_adapter(load_other(other), folder)
     with pytest.raises(ValueError, match="quantized"):
-        save_merged_folder(model, processor, tmp_path / "merged")
+        save_merged_folder(model, processor, tmp_path / "merged", "base")
 
 
 def test_a_four_bit_model_is_not_thawed(wide):

@@ -12,6 +12,7 @@ from training_samples import absent, build, gradients, masked, plain, records, t
 from perceptio.data.shards import write_shards
 from perceptio.losses_perceptio import TERMS
 from perceptio.train_sft import PerceptioSFTConfig, main, parse
+from perceptio.training.data import RunData
 from perceptio.training.models import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -228,3 +229,23 @@ def test_what_a_published_size_takes_needs_no_file(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert main([*recipe, "--model", "layout:8b"]) == 2
     assert "pass --dry_run" in capsys.readouterr().err
+
+
+def test_a_lost_evaluation_file_costs_the_evaluation_alone(tiny_folder, rows, tmp_path, caplog):
+    scenes = tmp_path / "scenes"
+    write_shards(rows[:3], scenes)
+    held_out = RunData(str(scenes))
+    changes = {
+        "max_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_train_batch_size": 1,
+        "panels": 0,
+    }
+    trainer = trainer_of(tiny_folder(), rows[:3], tmp_path / "run", held_out=held_out.evaluation(), **changes)
+    assert trainer.evaluate()["eval_scenes_mask_iou"] >= 0
+    held_out.mixture.tables[0].open.clear()  # as when there is more data than is kept in memory
+    for path in (scenes / "data").iterdir():
+        path.unlink()
+    trainer.train()
+    assert trainer.state.global_step == 3 and "is not evaluated" in caplog.text

@@ -83,13 +83,13 @@ def absent(record: dict) -> dict:
     return {**record, "masks": empty}
 
 
-def trainer_of(folder, rows: list[dict], out, before=None, **changes) -> PerceptioSFTTrainer:
+def trainer_of(folder, rows: list[dict], out, before=None, held_out=None, **changes) -> PerceptioSFTTrainer:
     """before: called when the processes have met, before there is a trainer."""
     model, processor = load(folder)
     args = PerceptioSFTConfig(str(out), **{**PLAIN, **changes})
     if before is not None and args.device is not None:
         before()
-    return PerceptioSFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=processor)
+    return PerceptioSFTTrainer(model, args, Dataset.from_list(rows), held_out, processing_class=processor)
 
 
 def gradients(trainer: PerceptioSFTTrainer, batches: list[list[dict]]) -> dict[str, torch.Tensor]:

@@ -62,9 +62,11 @@ def stamp_adapter(folder: str | os.PathLike, model: nn.Module, base: str | os.Pa
 
 
 def save_merged_folder(
-    model: nn.Module, processor, folder: str | os.PathLike, max_shard_size: int | str = "5GB"
+    model: nn.Module, processor, folder: str | os.PathLike, base: str | os.PathLike, max_shard_size: int | str = "5GB"
 ) -> Path:
     """Write the whole model with the active adapter merged into it, and return the folder; it needs no peft.
+
+    base: what the card says that it was trained from.
 
     Needs the memory of one more language model.  Raises for a quantized base: load it unquantized for this.
     """
@@ -80,9 +82,15 @@ def save_merged_folder(
     whole.load_state_dict(merged_weights(inner), strict=True, assign=True)
     whole.tie_weights()
     whole.generation_config = copy.deepcopy(inner.generation_config)
+    return save_whole_folder(whole, processor, folder, base, max_shard_size)
+
+
+def save_whole_folder(model, processor, folder, base, max_shard_size: int | str = "5GB") -> Path:
+    """Write a model without an adapter, and return the folder."""
     with _whole_folder(folder) as unfinished:
-        whole.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         processor.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(_whole_card(str(base)), encoding="utf-8")
     return Path(folder)
 
 
@@ -141,9 +149,35 @@ def _whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _card(model: nn.Module, config, base: str) -> str:
+def _origin(base: str) -> tuple[str, str]:
+    """The line of the front matter that names the base, and its name in words, without the path of a folder."""
     is_local = Path(base).exists() or base.count("/") != 1
-    origin = "" if is_local else f"base_model: {base}\n"
+    return ("", Path(base).name) if is_local else (f"base_model: {base}\n", base)
+
+
+def _whole_card(base: str) -> str:
+    origin, name = _origin(base)
+    return f"""---
+library_name: transformers
+{origin}pipeline_tag: image-text-to-text
+tags: [perceptio]
+---
+# A Perceptio, fine-tuned
+
+Trained from `{name}`. It writes a segmentation token and a span of depth codes before it answers.
+
+```python
+from transformers import pipeline
+from perceptio import PerceptioPipeline
+
+see = pipeline("perceptio", model=folder, pipeline_class=PerceptioPipeline)
+see(image="photo.jpg", text="Which cup is closer?")
+```
+"""
+
+
+def _card(model: nn.Module, config, base: str) -> str:
+    origin, name = _origin(base)
     return f"""---
 library_name: peft
 {origin}pipeline_tag: image-text-to-text
@@ -151,7 +185,7 @@ tags: [perceptio, lora, transformers]
 ---
 # An adapter of Perceptio
 
-Trained on `{Path(base).name if is_local else base}`; it remembers that base and refuses any other.
+Trained on `{name}`; it remembers that base and refuses any other.
 
 ```python
 from transformers import pipeline

@@ -47,7 +47,7 @@ class GuardedSteps:
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self.bad_steps_in_a_row, self._losses = 0, []
+        self.bad_steps_in_a_row, self._losses, self._first_step = 0, [], self.state.global_step
         self._good_loss, self._good_steps = 0.0, 0
         self.bad_steps = self._recall_bad_steps()
         for callback in self.callback_handler.callbacks:
@@ -172,7 +172,7 @@ class GuardedSteps:
 
     def _finalize_training(self, *args, **kwargs):
         """The final `train_loss` is the mean over the good steps."""
-        steps = self.state.global_step - self._initial_global_step
+        steps = self.state.global_step - self._first_step
         if 0 < self._good_steps < steps:
             mean = self._good_loss.to(self.args.device) / self._good_steps
             self._total_loss_scalar = self.accelerator.gather(mean).mean().item() * steps

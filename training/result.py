@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,9 +12,9 @@ from huggingface_hub import HfApi, constants
 from peft import get_peft_model
 
 from ..data.manifest import write_json
-from ..hub.manifest import scan_pickles
+from ..hub.manifest import MANIFEST_NAME, scan_pickles
 from ..modeling_perceptio import PerceptioForConditionalGeneration
-from .adapter_folders import _whole_folder, save_adapter_folder, save_merged_folder, stamp_adapter
+from .adapter_folders import save_adapter_folder, save_merged_folder, save_whole_folder, stamp_adapter
 from .models import is_sharded
 
 ARGUMENTS = "training_args.bin"  # a pickle, which nobody should have to load
@@ -33,12 +35,12 @@ def save_result(trainer, merge: bool = False, scores: dict | None = None) -> Pat
     model = gather(trainer) if is_sharded(trainer.args) else trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_world_process_zero():
         model.config.untrained = False
+        if (folder / MANIFEST_NAME).is_file():  # of the same run, before it went on
+            shutil.rmtree(folder)
         if not hasattr(model, "peft_config"):
-            with _whole_folder(folder) as unfinished:
-                model.save_pretrained(unfinished)
-                trainer.processing_class.save_pretrained(unfinished)
+            save_whole_folder(model, trainer.processing_class, folder, trainer.base_name)
         elif merge:
-            save_merged_folder(model, trainer.processing_class, folder)
+            save_merged_folder(model, trainer.processing_class, folder, trainer.base_name)
         else:
             save_adapter_folder(model, trainer.processing_class, folder, trainer.base_name)
         if scores and scores["after"]:
@@ -65,10 +67,10 @@ def push_folder(folder: Path, name: str, token: str | None = None, private: bool
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
         return api.upload_folder(repo_id=name, folder_path=folder, **kwargs)
     except Exception as error:
-        private = " --private" if private else ""
+        command = shlex.join(["hf", "upload", name, str(folder), *["--private"] * bool(private)])
         raise OSError(
             f"the result is safe in {folder}, but it could not be pushed to {name} ({explain_push(error)}): push it "
-            f"with `hf upload {name} {folder}{private}`"
+            f"with `{command}`"
         ) from error
 
 
