@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: help demo test check bench depth gpu clean
+.PHONY: help demo test check bench depth tiny gpu clean
 
 help:
 	@echo "make demo    install, and ask a question about a picture (with an untrained model until one is trained)"
 	@echo "make test    install, and run the tests (CPU, offline)"
 	@echo "make check   make test with the slow tests, after format and lint"
 	@echo "make depth   train the depth tokenizer on rendered scenes, measure and freeze it (about an hour on two cores)"
+	@echo "make tiny    train perceptio-tiny from scratch: teachers, scenes, fine-tuning; goes on where it was stopped"
 	@echo "make bench   run every benchmark under bench/, results in bench/results/"
 	@echo "make gpu     what only a CUDA device can show, in resumable chunks"
 
@@ -51,6 +52,12 @@ depth: $(INSTALLED)
 	$(BIN)/python -m perceptio.vqvae.train --config recipes/depth/tiny.yaml --out build/depth-tiny
 	$(BIN)/python -m perceptio.vqvae.maps build/depth-tiny/maps/test --split test --count 1000 --side 80
 	$(BIN)/python -m perceptio.vqvae.export build/depth-tiny checkpoints/depth-tiny --maps build/depth-tiny/maps/test
+
+tiny: $(INSTALLED)
+	$(BIN)/python -m perceptio.teachers.sam --config recipes/teachers/sam-tiny.yaml
+	@test -f build/tiny/base/manifest.json || $(BIN)/python -m perceptio.hub.small build/tiny/base --sam build/sam-tiny/model
+	@test -f build/scenes/manifest.json || $(BIN)/perceptio world build build/scenes --scenes 60000
+	$(BIN)/python train_sft.py --config recipes/perceptio-tiny.yaml --resume
 
 gpu: $(INSTALLED)
 	$(BIN)/python bench/gpu.py

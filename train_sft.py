@@ -236,7 +236,9 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
         note_skipped(self.args.output_dir, skipped)
         self._add("train", "skipped_records", torch.tensor([float(len(skipped)), 0.0], device=device))
         self._total_train_tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
-        counts = sum((batch["targets"]["counts"] for batch in batches), torch.zeros(len(COUNTS))).to(device)
+        counts = sum(
+            (batch["targets"]["counts"].to(device) for batch in batches), torch.zeros(len(COUNTS), device=device)
+        )
         counts = self.accelerator.reduce(counts, "sum")
         for batch in batches:
             batch["targets"]["own_counts"] = batch["targets"]["counts"]

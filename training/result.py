@@ -1,15 +1,18 @@
 """What a run leaves behind: a folder that loads, and the scores before and after."""
 
+import copy
 import hashlib
 import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi, constants
 from peft import get_peft_model
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..data.manifest import write_json
 from ..hub.manifest import MANIFEST_NAME, scan_pickles
@@ -101,11 +104,28 @@ def gather(trainer):
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return None
-    base = PerceptioForConditionalGeneration.from_pretrained(trainer.base_name, dtype=torch.float32)
-    adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None)
-    model = base if adapters is None else get_peft_model(base, next(iter(adapters.values())))
+    live = trainer.accelerator.unwrap_model(trainer.model)
+    inner = live.get_base_model() if hasattr(live, "get_base_model") else live
+    with _unsharded(trainer.args):
+        model = PerceptioForConditionalGeneration(copy.deepcopy(inner.config))
+    model.generation_config = copy.deepcopy(inner.generation_config)
+    if hasattr(live, "peft_config"):
+        model = get_peft_model(model, next(iter(live.peft_config.values())))
     model.load_state_dict(weights)
     return model
+
+
+@contextmanager
+def _unsharded(args) -> Iterator[None]:
+    """DeepSpeed's third stage cuts up every module that is built; not in here."""
+    if args.deepspeed_plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.deepspeed_plugin.hf_ds_config)
 
 
 def compare(before: dict, after: dict) -> str:

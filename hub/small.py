@@ -1,0 +1,122 @@
+"""perceptio-tiny before its training: a real InternVL, SAM2 and depth tokenizer, small enough for a laptop.
+
+    python -m perceptio.hub.small build/tiny/base --sam build/sam-tiny/model --depth checkpoints/depth-tiny
+
+The language model and the vision tower are new.  The tokenizer is a byte-level BPE of the rendered world's own texts,
+of the class that real InternVL folders have: it writes any text, and the world's in few tokens.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, GotOcr2ImageProcessorPil, Qwen2Tokenizer, Sam2Model
+
+from ..configuration_perceptio import PerceptioConfig
+from ..modeling_depth_vqvae import DepthVQVAE
+from ..modeling_perceptio import PerceptioForConditionalGeneration
+from ..processing_perceptio import END_TURN_TOKEN, PerceptioProcessor, add_perception_tokens
+from ..world.records import scene_records
+from .manifest import write_manifest
+from .tiny_text import CHAT_TOKENS
+from .untrained import generation_defaults
+
+TILE, PATCH, SHUFFLE = 224, 14, 0.5
+MERGED = 1024  # entries of the vocabulary before control tokens
+TEXT_SCENES = 1500  # whose texts the merges are learned from
+TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True}  # fmt: skip
+VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4,
+          "image_size": TILE, "patch_size": PATCH}  # fmt: skip
+
+
+def build_small(folder, sam, depth, seed: int = 0, scenes: int = TEXT_SCENES) -> PerceptioForConditionalGeneration:
+    """Write the folder.  sam: of a `Sam2Model`;  depth: of a `DepthVQVAE`;  scenes: to learn the tokenizer from."""
+    mask_model, depth_model = Sam2Model.from_pretrained(sam), DepthVQVAE.from_pretrained(depth)
+    tokens = int((TILE // PATCH) ** 2 * SHUFFLE**2)
+    tokenizer = world_tokenizer(world_texts(scenes))
+    ids = add_perception_tokens(tokenizer, depth_model.config.num_codes)
+    processor = PerceptioProcessor(
+        image_processor=GotOcr2ImageProcessorPil(
+            size={"height": TILE, "width": TILE},
+            crop_to_patches=False,
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ),
+        tokenizer=tokenizer,
+        image_seq_length=tokens,
+        sam_image_size=mask_model.config.prompt_encoder_config.image_size,
+        num_depth_codes=depth_model.config.num_codes,
+        depth_grid_size=depth_model.config.grid_size,
+    )
+    config = PerceptioConfig(
+        vision_config=VISION,
+        text_config=AutoConfig.for_model("qwen2", vocab_size=len(tokenizer), **TEXT),
+        mask_config=mask_model.config,
+        depth_config=depth_model.config,
+        image_token_id=processor.image_token_id,
+        image_seq_length=tokens,
+        downsample_ratio=SHUFFLE,
+        tie_word_embeddings=True,
+        untrained=True,
+        **ids,
+    )
+    torch.manual_seed(seed)
+    model = PerceptioForConditionalGeneration(config)
+    model.mask_model.load_state_dict(mask_model.state_dict())
+    model.depth_model.load_state_dict(depth_model.state_dict())
+    model.generation_config = generation_defaults(config, tokenizer, answer_tokens=100)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_manifest(folder)
+    return model
+
+
+def world_texts(scenes: int) -> list[str]:
+    """Questions and answers of rendered scenes; small pictures say the same and are drawn in less time."""
+    from ..world.records import WorldOptions
+
+    options = WorldOptions(width=96, height=96, turns=8)
+    records = (record for index in range(scenes) for record in scene_records(index, seed=1, options=options))
+    return [message["content"] for record in records for message in record["messages"]]
+
+
+def world_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
+    """A byte-level BPE of `texts`, with the tokens of chats and pictures."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=MERGED, initial_alphabet=sorted(alphabet), show_progress=False)
+    )
+    learned = json.loads(learner.to_str())["model"]
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learned["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=[tuple(pair.split(" ")) for pair in merges])
+    tokenizer.add_special_tokens({"extra_special_tokens": list(CHAT_TOKENS)}, replace_extra_special_tokens=False)
+    tokenizer.eos_token = END_TURN_TOKEN
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("--sam", required=True, help="folder of the promptable segmenter")
+    parser.add_argument("--depth", default="checkpoints/depth-tiny", help="folder of the depth tokenizer")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        model = build_small(options.folder, options.sam, options.depth, options.seed)
+    except (ValueError, OSError) as error:
+        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.folder}: {sum(weight.numel() for weight in model.parameters()):,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

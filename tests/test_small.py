@@ -1,0 +1,59 @@
+"""perceptio-tiny before its training: it fits its budget, writes any text, and runs whole."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Sam2Model
+
+from perceptio.hub.manifest import verify_manifest
+from perceptio.hub.small import build_small, main, world_texts, world_tokenizer
+from perceptio.modeling_perceptio import PerceptioForConditionalGeneration
+from perceptio.pipeline_perceptio import PerceptioPipeline
+from perceptio.processing_perceptio import PerceptioProcessor
+from perceptio.teachers.sam import sam_config
+
+DEPTH = "checkpoints/depth-tiny"
+MOST_PARAMETERS, MOST_BYTES = 24_000_000, 48 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, request):
+    place = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    Sam2Model(sam_config(192, 48, [1, 2, 5, 2], 128)).save_pretrained(place / "sam")
+    build_small(place / "base", place / "sam", request.config.rootpath / DEPTH, scenes=30)
+    return place / "base"
+
+
+def test_it_fits_its_budget_and_is_whole(folder):
+    model = PerceptioForConditionalGeneration.from_pretrained(folder)
+    weights = list(model.parameters())
+    assert sum(weight.numel() for weight in weights) <= MOST_PARAMETERS
+    kept = sum(weight.numel() * 4 for weight in model.depth_model.parameters())
+    halves = sum(weight.numel() * 2 for weight in weights) - kept // 2
+    assert halves + kept <= MOST_BYTES
+    assert not verify_manifest(folder) and model.config.untrained
+    assert model.config.span_length == 100 and model.config.depth_config.codebook_hash
+
+
+def test_it_runs_with_every_part(folder):
+    model = PerceptioForConditionalGeneration.from_pretrained(folder).eval()
+    pipe = PerceptioPipeline(model=model, processor=PerceptioProcessor.from_pretrained(folder))
+    picture = Image.new("RGB", (300, 200), (90, 120, 60))
+    found = pipe(image=picture, text="Which one is nearer?", perception="seg+depth", max_new_tokens=106)
+    assert len(found["depth_codes"]) == 100 and found["predicted_depth"].shape == (200, 300)
+    assert pipe.processor(images=picture, text=["<IMG_CONTEXT>"])["pixel_values"][0].shape[-1] == 224
+
+
+def test_the_tokenizer_writes_any_text_and_the_worlds_in_few_tokens():
+    texts = world_texts(20)
+    tokenizer = world_tokenizer(texts)
+    for text in ("naïve 東京 🙂 \n\t{}", *texts[:50]):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    assert tokens < 0.35 * sum(map(len, texts))
+
+
+def test_wrong_teachers_are_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "base"), "--sam", str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err.startswith("perceptio: ")

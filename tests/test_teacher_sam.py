@@ -1,0 +1,90 @@
+"""The promptable segmenter of perceptio-tiny: its scenes, its prompts, and a short training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import Sam2Model
+
+from perceptio.teachers.sam import BOTTOM_RIGHT, POINT, TOP_LEFT, SamTrainingConfig, draw_prompts, main
+from perceptio.world.instances import InstanceSet, scene_instances, write_instances
+from perceptio.world.scene import sample_scene
+from perceptio.world.views import thing_map
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_instances(tmp_path_factory.mktemp("scenes"), count=6, side=64, workers=0)
+
+
+@pytest.fixture
+def args(tmp_path):
+    return SamTrainingConfig(str(tmp_path), side=64, prompts=6)
+
+
+def test_a_scene_is_the_worlds_own(scenes):
+    image, things = scenes[3]
+    scene = sample_scene(np.random.default_rng([0, 0, 3]), 64, 64)
+    assert np.array_equal(image.numpy(), scene.rendering.image)
+    assert np.array_equal(things.numpy().astype(int) - 1, thing_map(scene)) and things.max() >= 2
+    assert np.array_equal(scene_instances(3, side=64)[1], things.numpy())
+
+
+def test_scenes_are_laid_down_once(scenes, tmp_path):
+    folder = scenes.folder
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    write_instances(folder, count=6, side=64, workers=0)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(ValueError, match="holds other scenes"):
+        write_instances(folder, count=7, side=64, workers=0)
+    assert len(InstanceSet(folder)) == 6
+    with pytest.raises(IndexError):
+        scenes[6]
+
+
+@pytest.mark.parametrize("boxes", [0.0, 1.0])
+def test_a_prompt_shows_its_mask(scenes, args, boxes):
+    args.boxes = boxes
+    for index in range(6):
+        image, things = scenes[index]
+        drawn = draw_prompts(image, things, args, np.random.default_rng(index))
+        mirrored = np.random.default_rng(index).random() < 0.5
+        shown = things.flip(1) if mirrored else things
+        assert drawn["pixel_values"].shape == (3, 64, 64) and drawn["masks"].shape == (6, 16, 16)
+        for points, labels, mask in zip(drawn["points"], drawn["labels"], drawn["masks"], strict=True):
+            if boxes:
+                assert labels.tolist() == [TOP_LEFT, BOTTOM_RIGHT]
+                (left, top), (right, bottom) = (points / 4).tolist()
+                rows, columns = mask.nonzero().unbind(1)
+                slack = 2 + 0.1 * 16
+                assert left - slack <= columns.min() and columns.max() <= right + slack
+                assert top - slack <= rows.min() and rows.max() <= bottom + slack
+            else:
+                x, y = points[0].long().tolist()
+                assert labels[0] == POINT and shown[y, x] > 0
+                found = (shown == shown[y, x]).float().reshape(16, 4, 16, 4).mean((1, 3)) >= 0.5
+                assert torch.equal(found, mask)
+
+
+def test_a_picture_without_things_goes_through(args):
+    drawn = draw_prompts(torch.zeros(64, 64, 3, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8), args,
+                         np.random.default_rng(0))  # fmt: skip
+    assert not drawn["masks"].any() and torch.isfinite(drawn["points"]).all()
+
+
+def test_a_short_training_learns_and_leaves_a_model(tmp_path, capsys):
+    arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 64, "width": 16, "decoder_width": 32,
+                 "per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 3e-3, "logging_steps": 5,
+                 "save_steps": 15, "report_to": "none", "disable_tqdm": True, "bf16": False, "prompts": 2,
+                 "train_sampling_strategy": "sequential"}  # fmt: skip
+    words = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    assert main([*words, "--blocks", "1", "1", "2", "1"]) == 0
+    state = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())
+    losses = [line["loss"] for line in state["log_history"] if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3, losses
+    figures = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    assert figures["scenes"] == 4 and 0 <= figures["mean_iou_boxes"] <= 1
+    assert Sam2Model.from_pretrained(tmp_path / "model").config.prompt_encoder_config.image_size == 64
+    assert main([*words, "--side", "100"]) == 2
+    assert "`side` is 100" in capsys.readouterr().err
