@@ -48,11 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_others(commands) -> None:
     from perceptio.data import command as data
+    from perceptio.evaluation import command as evaluation
     from perceptio.hub import assemble
     from perceptio.vqvae import label
     from perceptio.world import command as world
 
-    for module in (assemble, data, label, world):
+    for module in (assemble, data, evaluation, label, world):
         module.add_parser(commands)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from safetensors.torch import load_file
 from training_samples import records, trainer_of
 
@@ -136,3 +138,18 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_folder, tmp_path):
     for path in checkpoints(tmp_path):
         found = load_file(path / "adapter_model.safetensors")
         assert all(tensor.isfinite().all() for tensor in found.values() if tensor.is_floating_point())
+
+
+def test_predictions_reach_the_tracker(tiny_folder, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rows = records(3)
+    changes = {"max_steps": 1, "report_to": "tensorboard", "panels": 2}
+    trainer = trainer_of(tiny_folder(), rows, tmp_path / "run", held_out=Dataset.from_list(rows), **changes)
+    trainer.train()
+    trainer.evaluate()
+    folder = next((tmp_path / "run").rglob("events.out.tfevents*")).parent
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    assert {"panels/eval/0", "panels/eval/1"} <= set(events.Tags()["images"])
+    assert {"train/seg_dice_loss", "eval/mask_iou"} <= set(events.Tags()["scalars"])
+    drawn = Image.open(tmp_path / "run" / "panels" / "eval-step-00000001-0.png")
+    assert drawn.width > 300 and len(drawn.getcolors(1 << 24)) > 100
