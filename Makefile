@@ -37,13 +37,13 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "transformers' own common tests (fetched once)"
 	@if test -f tests/fetch_upstream.py; then $(BIN)/python tests/fetch_upstream.py; fi
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@if test -f tests/fetch_upstream.py; then $(BIN)/python tests/fetch_upstream.py; fi
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 bench: $(INSTALLED)
 	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

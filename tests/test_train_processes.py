@@ -61,7 +61,7 @@ def test_one_two_and_cut_up_are_the_same(tiny_folder, tmp_path, full):
         compare(cut, one)
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(tiny_folder, tmp_path, before, after):
     folder = tiny_folder()
     saved = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.001}
@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_folder, tmp_path, b
     compare(rest, whole)
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_weights_cut_over_processes_learn_the_same(tiny_folder, tmp_path, full):
     folder = tiny_folder()
     one = run(folder, tmp_path / "one", 1, per_device_train_batch_size=4, full=full)
