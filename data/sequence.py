@@ -1,5 +1,6 @@
 """A record as the model sees it in training: the exact text, its ids, and which of them are learned."""
 
+import json
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..processing_perceptio import (
     START_TURN_TOKEN,
     depth_code_token,
 )
-from .record import OPENING, DataError
+from .record import GIVEN, OPENING, DataError
 
 IGNORED = -100
 
@@ -26,7 +27,7 @@ class TrainingSequence:
     input_ids, labels: list[int] of one length; labels hold -100 where nothing is learned: all but the answers, each
     with its opening, its depth span and the end of its turn.
     seg_positions: columns of the [SEG]s, in the order of the record's masks.
-    depth_spans: (column of <d_start>, column of <d_end>) of each span.
+    depth_spans: (column of <d_start>, column of <d_end>) of each span; none where the span is given.
     inputs: the rest of what the processor returns (pixel_values, …).
     """
 
@@ -92,6 +93,10 @@ def build_sequence(record: dict, processor, codes: list[int] | None = None, **kw
             f"record {record['id']!r} has {len(record['masks'])} masks and its answers {len(seg_positions)} [SEG]s, "
             "expected one mask for each: run `perceptio data check`"
         )
+    if json.loads(record.get("extra") or "{}").get(GIVEN):
+        for opened, closed in depth_spans:
+            labels[opened : closed + 1] = [IGNORED] * (closed + 1 - opened)
+        depth_spans = []
     return TrainingSequence(text.replace(MARK, ""), ids, labels, seg_positions, depth_spans, inputs)
 
 

@@ -11,6 +11,14 @@ from PIL import Image, ImageDraw
 LOOPBACK = ("127.", "::1", "localhost", "/")
 
 
+# With several workers the files that take longest go first, so that none of them is left to one worker at the end.
+LONGEST = ("test_readme", "test_train_processes", "test_train_survival", "test_docs", "test_overfit", "test_job")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """A connection that leaves this machine fails the test that opened it."""

@@ -12,6 +12,7 @@ READERS = {
     "aurora": ".aurora:read_aurora",
     "aurora-counting": ".counting:read_aurora_counting",
     "instances": ".counting:read_instances",
+    "counterfactual": ".counterfactual:read_counterfactual",
 }
 
 # Those of referring expressions give, besides records, the items that the joint set is made of.

@@ -1,0 +1,84 @@
+"""Closest-point questions with another picture's map: the answer follows the map, and the map is not learned."""
+
+import json
+
+import pytest
+import torch
+
+from perceptio.data.label import load_vqvae
+from perceptio.data.recipe import parse_recipe
+from perceptio.data.record import GIVEN, upright_size
+from perceptio.data.sequence import IGNORED, build_sequence
+from perceptio.data.shards import write_shards
+from perceptio.data.sources.counterfactual import CLEAR, give_span, marked_points, read_counterfactual
+from perceptio.data.tally import Tally
+from perceptio.hub.tiny_text import tiny_processor
+from perceptio.world.records import scene_records
+
+
+@pytest.fixture(scope="module")
+def vqvae(request):
+    return load_vqvae(request.config.rootpath / "checkpoints" / "depth-tiny")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("points") / "shards"
+    records = [scene_records(index, split="points4")[0] for index in range(10)]
+    write_shards([{**record, "split": "train"} for record in records], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(shards, request):
+    tally = Tally()
+    folder = str(request.config.rootpath / "checkpoints" / "depth-tiny")
+    records = list(read_counterfactual(shards, tally=tally, tokenizer=folder))
+    tally.check(9)
+    assert tally.kept == len(records) >= 4
+    return records
+
+
+def test_the_answer_is_the_nearest_point_of_the_given_map(found, vqvae):
+    for record in found:
+        depth = vqvae.decode_ids(torch.tensor([record["depth_codes"]]))[0]
+        width, height = upright_size(record["image"]["bytes"])
+        near = {
+            letter: depth[int(y * len(depth) / height), int(x * len(depth) / width)].item()
+            for letter, (x, y) in marked_points(record).items()
+        }
+        first, second, *_ = sorted(near.values(), reverse=True)
+        assert record["messages"][1]["content"] == f"({max(near, key=near.get)})" and first - second >= CLEAR
+
+
+def test_it_is_not_always_the_pictures_own_answer(found, shards):
+    from perceptio.data.shards import read_shards
+
+    own = {record["id"]: record["messages"][1]["content"] for record in read_shards(shards)}
+    assert any(record["messages"][1]["content"] != own[record["id"].removesuffix("-given")] for record in found)
+
+
+def test_nothing_of_a_given_span_is_learned(found):
+    processor = tiny_processor(grid_size=10, num_codes=128)
+    record = found[0]
+    given = build_sequence(record, processor)
+    extra = {key: value for key, value in json.loads(record["extra"]).items() if key != GIVEN}
+    plain = build_sequence({**record, "extra": json.dumps(extra)}, processor)
+    assert given.input_ids == plain.input_ids and given.depth_spans == [] and len(plain.depth_spans) == 1
+    opened, closed = plain.depth_spans[0]
+    assert given.labels[opened : closed + 1] == [IGNORED] * 102
+    assert given.labels[:opened] == plain.labels[:opened] and given.labels[closed + 1 :] == plain.labels[closed + 1 :]
+    assert processor.seg_token_id in given.labels
+
+
+def test_a_map_that_does_not_tell_is_left_out(found, vqvae):
+    flat = [found[0]["depth_codes"][0]] * 100
+    points = {letter: [112, 112] for letter in marked_points(found[0])}
+    assert give_span(found[0], points, flat, vqvae, vqvae.codebook_hash()) is None
+
+
+def test_a_recipe_may_name_it():
+    source = {"reader": "counterfactual", "path": "scenes", "options": {"tokenizer": "checkpoints/depth-tiny"}}
+    assert parse_recipe({"sources": [source]}).sources[0].name == "counterfactual"
+    with pytest.raises(ValueError, match="tokenizer"):
+        parse_recipe({"sources": [{**source, "options": {}}]})
