@@ -55,8 +55,9 @@ depth: $(INSTALLED)
 
 tiny: $(INSTALLED)
 	$(BIN)/python -m perceptio.teachers.sam --config recipes/teachers/sam-tiny.yaml
-	@test -f build/tiny/base/manifest.json || $(BIN)/python -m perceptio.hub.small build/tiny/base --sam build/sam-tiny/model
-	@test -f build/scenes/manifest.json || $(BIN)/perceptio world build build/scenes --scenes 60000
+	$(BIN)/python -m perceptio.teachers.vision --config recipes/teachers/vision-tiny.yaml
+	@test -f build/tiny/base/manifest.json || $(BIN)/python -m perceptio.hub.small build/tiny/base --sam build/sam-tiny/model --vision build/vision-tiny/model
+	@test -f build/scenes/manifest.json || $(BIN)/perceptio world build build/scenes --scenes 60000 --points 1 --point-turns 5
 	$(BIN)/python train_sft.py --config recipes/perceptio-tiny.yaml --resume
 
 gpu: $(INSTALLED)

@@ -1,8 +1,8 @@
 """perceptio-tiny before its training: a real InternVL, SAM2 and depth tokenizer, small enough for a laptop.
 
-    python -m perceptio.hub.small build/tiny/base --sam build/sam-tiny/model --depth checkpoints/depth-tiny
+    python -m perceptio.hub.small build/tiny/base --sam build/sam-tiny/model --vision build/vision-tiny/model
 
-The language model and the vision tower are new.  The tokenizer is a byte-level BPE of the rendered world's own texts,
+The language model is new.  The tokenizer is a byte-level BPE of the rendered world's own texts,
 of the class that real InternVL folders have: it writes any text, and the world's in few tokens.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, GotOcr2ImageProcessorPil, Qwen2Tokenizer, Sam2Model
+from transformers import AutoConfig, GotOcr2ImageProcessorPil, InternVLVisionModel, Qwen2Tokenizer, Sam2Model
 
 from ..configuration_perceptio import PerceptioConfig
 from ..modeling_depth_vqvae import DepthVQVAE
@@ -24,24 +24,27 @@ from .manifest import write_manifest
 from .tiny_text import CHAT_TOKENS
 from .untrained import generation_defaults
 
-TILE, PATCH, SHUFFLE = 224, 14, 0.5
+SHUFFLE = 0.5
 MERGED = 1024  # entries of the vocabulary before control tokens
 TEXT_SCENES = 1500  # whose texts the merges are learned from
 TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True}  # fmt: skip
-VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4,
-          "image_size": TILE, "patch_size": PATCH}  # fmt: skip
 
 
-def build_small(folder, sam, depth, seed: int = 0, scenes: int = TEXT_SCENES) -> PerceptioForConditionalGeneration:
-    """Write the folder.  sam: of a `Sam2Model`;  depth: of a `DepthVQVAE`;  scenes: to learn the tokenizer from."""
+def build_small(
+    folder, sam, vision, depth, seed: int = 0, scenes: int = TEXT_SCENES
+) -> PerceptioForConditionalGeneration:
+    """Write the folder.  sam: of a `Sam2Model`;  vision: of an `InternVLVisionModel`;  depth: of a `DepthVQVAE`;
+    scenes: to learn the tokenizer from."""
     mask_model, depth_model = Sam2Model.from_pretrained(sam), DepthVQVAE.from_pretrained(depth)
-    tokens = int((TILE // PATCH) ** 2 * SHUFFLE**2)
+    tower = InternVLVisionModel.from_pretrained(vision)
+    (tile, _), (patch, _) = tower.config.image_size, tower.config.patch_size
+    tokens = int((tile // patch) ** 2 * SHUFFLE**2)
     tokenizer = world_tokenizer(world_texts(scenes))
     ids = add_perception_tokens(tokenizer, depth_model.config.num_codes)
     processor = PerceptioProcessor(
         image_processor=GotOcr2ImageProcessorPil(
-            size={"height": TILE, "width": TILE},
+            size={"height": tile, "width": tile},
             crop_to_patches=False,
             image_mean=[0.485, 0.456, 0.406],
             image_std=[0.229, 0.224, 0.225],
@@ -53,7 +56,7 @@ def build_small(folder, sam, depth, seed: int = 0, scenes: int = TEXT_SCENES) ->
         depth_grid_size=depth_model.config.grid_size,
     )
     config = PerceptioConfig(
-        vision_config=VISION,
+        vision_config=tower.config,
         text_config=AutoConfig.for_model("qwen2", vocab_size=len(tokenizer), **TEXT),
         mask_config=mask_model.config,
         depth_config=depth_model.config,
@@ -66,6 +69,7 @@ def build_small(folder, sam, depth, seed: int = 0, scenes: int = TEXT_SCENES) ->
     )
     torch.manual_seed(seed)
     model = PerceptioForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.mask_model.load_state_dict(mask_model.state_dict())
     model.depth_model.load_state_dict(depth_model.state_dict())
     model.generation_config = generation_defaults(config, tokenizer, answer_tokens=100)
@@ -106,11 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--sam", required=True, help="folder of the promptable segmenter")
+    parser.add_argument("--vision", required=True, help="folder of the vision tower")
     parser.add_argument("--depth", default="checkpoints/depth-tiny", help="folder of the depth tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
-        model = build_small(options.folder, options.sam, options.depth, options.seed)
+        model = build_small(options.folder, options.sam, options.vision, options.depth, options.seed)
     except (ValueError, OSError) as error:
         print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

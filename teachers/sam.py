@@ -15,39 +15,35 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Sam2Config, Sam2Model, Trainer, TrainingArguments
+from transformers import Sam2Config, Sam2Model
 from trl import TrlParser
 
 from ..data.manifest import write_json
 from ..losses_perceptio import mask_iou, seg_bce_loss, seg_dice_loss, seg_object_loss
-from ..processing_perceptio import IMAGENET_MEAN, IMAGENET_STD
-from ..training.checkpoints import EXIT_CODES, SafeCheckpoints, checkpoints
-from ..training.guard import GuardedSteps, NoMemory
-from ..world.instances import InstanceSet, write_instances
+from ..training.checkpoints import EXIT_CODES
+from ..training.guard import NoMemory
+from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, scene_sets
 
 POINT, ABSENT, TOP_LEFT, BOTTOM_RIGHT = 1, -1, 2, 3  # what SAM2 calls the points of a prompt
 NOTHING = 255  # the number of no thing
 SMALLEST = 0.002  # share of the picture from which a thing is asked for
-MASK_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT = 5.0, 1.0, 1.0, 0.5
+MASK_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT, GROUP_WEIGHT = 5.0, 1.0, 1.0, 0.5, 1.0
+GROUP_PLACES, GROUP_WIDTH = 96, 64  # of a picture whose things are asked for, and numbers that tell things apart
 
 
 @dataclass
-class SamTrainingConfig(TrainingArguments):
+class SamTrainingConfig(SceneArguments):
     """transformers' `TrainingArguments`, the scenes, and the size of the model."""
 
-    scenes: int = field(default=12_000, metadata={"help": "to train on"})
-    eval_scenes: int = field(default=300, metadata={"help": "held out"})
     side: int = field(default=192, metadata={"help": "of the pictures, a multiple of 64"})
     prompts: int = field(default=4, metadata={"help": "for each picture"})
     boxes: float = field(default=0.4, metadata={"help": "share of the prompts that are boxes"})
     width: int = field(default=48, metadata={"help": "of the encoder's first stage; it doubles from stage to stage"})
     blocks: list[int] = field(default_factory=lambda: [1, 2, 5, 2], metadata={"help": "of each stage"})
     decoder_width: int = field(default=128, metadata={"help": "of the features and of the mask decoder"})
-    remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["masks"])
 
     def __post_init__(self):
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.side % 64 or self.side < 64:
             raise ValueError(f"`side` is {self.side}, expected a multiple of 64")
@@ -88,21 +84,9 @@ def sam_config(side: int, width: int, blocks: list[int], decoder_width: int) -> 
     )
 
 
-class Prompts(torch.utils.data.Dataset):
-    """Scenes with prompts, all drawn from the seed and the place alone.  repeats: how often each scene comes."""
-
-    def __init__(self, scenes: InstanceSet, args: SamTrainingConfig, repeats: int = 1, seed: int = 0):
-        self.scenes, self.args, self.repeats, self.seed = scenes, args, repeats, seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-
-    def __len__(self) -> int:
-        return len(self.scenes) * self.repeats
-
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        epoch, index = divmod(place, len(self.scenes))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.scenes)))
-        return draw_prompts(*self.scenes[int(self._order[1][index])], self.args, np.random.default_rng([place, 7]))
+class Prompts(SceneDraws):
+    def draw(self, scene: dict[str, Tensor], rng) -> dict[str, Tensor]:
+        return draw_prompts(scene["image"], scene["things"], self.args, rng)
 
 
 def draw_prompts(image: Tensor, things: Tensor, args: SamTrainingConfig, rng) -> dict[str, Tensor]:
@@ -134,12 +118,12 @@ def draw_prompts(image: Tensor, things: Tensor, args: SamTrainingConfig, rng) ->
             labels.append([POINT, ABSENT])
         share = F.interpolate(mask[None, None].float(), size=(args.side // 4,) * 2, mode="area")[0, 0]
         masks.append(share >= 0.5)
-    pixels = (image.float() / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     return {
-        "pixel_values": pixels.permute(2, 0, 1).contiguous(),
+        "pixel_values": as_pixels(image),
         "points": torch.stack(points),
         "labels": torch.tensor(labels),
         "masks": torch.stack(masks),
+        "things": things[2::4, 2::4].long(),
     }
 
 
@@ -148,13 +132,40 @@ class PromptedSam(nn.Module):
 
     def __init__(self, config: Sam2Config):
         super().__init__()
-        self.sam = Sam2Model(config)
+        self.sam = Sam2Model._from_config(config, attn_implementation="eager")  # its backward pass is the faster here
         for module in self.sam.modules():  # the library's small start is for fine-tuning
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 module.reset_parameters()
 
-    def forward(self, pixel_values: Tensor, points: Tensor, labels: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        output = self.sam(pixel_values=pixel_values, input_points=points, input_labels=labels, multimask_output=True)
+        self.group = nn.Linear(sum(self.widths(config)), 2 * GROUP_WIDTH)
+        self.group_bias = nn.Parameter(torch.tensor(-3.0))
+
+    @staticmethod
+    def widths(config: Sam2Config) -> tuple[int, int, int]:
+        """Of the three maps of features that the mask decoder reads."""
+        width = config.mask_decoder_config.hidden_size
+        return width // 8, width // 4, width
+
+    def group_loss(self, features: list[Tensor], things: Tensor) -> Tensor:
+        """From places of a picture, which other places show the same thing: many small questions a picture.
+
+        The encoder learns from it to tell things apart, which few prompts teach slowly.
+        """
+        side = things.shape[-1]
+        wide = [F.interpolate(level, size=(side, side), mode="bilinear", align_corners=False) for level in features]
+        asked, given = self.group(torch.cat(wide, 1).flatten(2).transpose(1, 2)).chunk(2, -1)
+        flat = things.flatten(1)
+        places = torch.multinomial((flat > 0).float() + 1e-3, GROUP_PLACES)
+        asked = asked.gather(1, places[..., None].expand(-1, -1, GROUP_WIDTH))
+        logits = (asked @ given.transpose(1, 2)).float() / GROUP_WIDTH**0.5 + self.group_bias
+        truth = (flat.gather(1, places)[..., None] == flat[:, None]).float()
+        return (MASK_WEIGHT * seg_bce_loss(logits, truth) + DICE_WEIGHT * seg_dice_loss(logits, truth)).mean()
+
+    def forward(
+        self, pixel_values: Tensor, points: Tensor, labels: Tensor, masks: Tensor, things: Tensor
+    ) -> dict[str, Tensor]:
+        features = self.sam.get_image_embeddings(pixel_values)
+        output = self.sam(image_embeddings=features, input_points=points, input_labels=labels, multimask_output=True)
         logits = output.pred_masks.float().flatten(0, 1)  # [B * P, candidates, h, w]
         ious = output.iou_scores.float().flatten(0, 1)
         gold = masks.flatten(0, 1).float()
@@ -165,36 +176,31 @@ class PromptedSam(nn.Module):
         there = output.object_score_logits.float().flatten()
         objects = seg_object_loss(there, gold.flatten(1).any(-1)).mean()
         loss = cost.amin(-1).mean() + IOU_WEIGHT * (ious - found).square().mean() + OBJECT_WEIGHT * objects
+        if self.training:
+            loss = loss + GROUP_WEIGHT * self.group_loss(features, things)
         chosen = found.gather(1, ious.argmax(-1, keepdim=True))[:, 0]
         return {"loss": loss, "iou": chosen.detach(), "is_box": (labels[..., 0] == TOP_LEFT).flatten()}
 
 
-class SamTrainer(SafeCheckpoints, GuardedSteps, Trainer):
-    def run_facts(self) -> dict:
-        names = ("scenes", "side", "prompts", "boxes", "width", "blocks", "decoder_width", "learning_rate", "seed")
-        return {name: str(getattr(self.args, name)) for name in (*names, "max_steps", "per_device_train_batch_size")}
+class SamTrainer(SceneTrainer):
+    facts = ("side", "prompts", "boxes", "width", "blocks", "decoder_width")
 
 
 def train(args: SamTrainingConfig) -> int:
-    out = Path(args.output_dir)
-    scenes = write_instances(out / "scenes" / "train", count=args.scenes, side=args.side, seed=args.seed)
-    held_out = write_instances(
-        out / "scenes" / "validation", split="validation", count=args.eval_scenes, side=args.side, seed=args.seed
-    )
-    needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    repeats = max(1, -(-needed // len(scenes)))
+    scenes, held_out, repeats = scene_sets(args, args.side)
     torch.manual_seed(args.seed)
     model = PromptedSam(sam_config(args.side, args.width, args.blocks, args.decoder_width))
     trainer = SamTrainer(
-        model, args, train_dataset=Prompts(scenes, args, repeats, args.seed), eval_dataset=Prompts(held_out, args)
+        model, args, train_dataset=Prompts(scenes, args, repeats), eval_dataset=Prompts(held_out, args)
     )
     if trainer.is_world_process_zero():
-        count = sum(weight.numel() for weight in model.parameters())
+        count = sum(weight.numel() for weight in model.sam.parameters())
         print(f"{count:,} parameters, {sum(w.numel() for w in model.sam.mask_decoder.parameters()):,} in the decoder")
-    trainer.train(resume_from_checkpoint=bool(checkpoints(out)) or None)
+    trainer.train_or_go_on()
     if trainer.interrupted is not None:
         return EXIT_CODES[trainer.interrupted]
     if trainer.is_world_process_zero():
+        out = Path(args.output_dir)
         model.sam.save_pretrained(out / "model")
         figures = evaluate(model, Prompts(held_out, args), args.device)
         write_json(out / "model" / "evaluation.json", figures)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import Sam2Model
+from transformers import InternVLVisionModel, Sam2Model
 
 from perceptio.hub.manifest import verify_manifest
 from perceptio.hub.small import build_small, main, world_texts, world_tokenizer
@@ -11,6 +11,7 @@ from perceptio.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio.pipeline_perceptio import PerceptioPipeline
 from perceptio.processing_perceptio import PerceptioProcessor
 from perceptio.teachers.sam import sam_config
+from perceptio.teachers.vision import vision_config
 
 DEPTH = "checkpoints/depth-tiny"
 MOST_PARAMETERS, MOST_BYTES = 24_000_000, 48 << 20
@@ -21,7 +22,8 @@ def folder(tmp_path_factory, request):
     place = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     Sam2Model(sam_config(192, 48, [1, 2, 5, 2], 128)).save_pretrained(place / "sam")
-    build_small(place / "base", place / "sam", request.config.rootpath / DEPTH, scenes=30)
+    InternVLVisionModel(vision_config(224, 14, 256, 8, 4)).save_pretrained(place / "vision")
+    build_small(place / "base", place / "sam", place / "vision", request.config.rootpath / DEPTH, scenes=30)
     return place / "base"
 
 
@@ -34,6 +36,15 @@ def test_it_fits_its_budget_and_is_whole(folder):
     assert halves + kept <= MOST_BYTES
     assert not verify_manifest(folder) and model.config.untrained
     assert model.config.span_length == 100 and model.config.depth_config.codebook_hash
+
+
+def test_its_parts_are_the_trained_ones(folder):
+    model = PerceptioForConditionalGeneration.from_pretrained(folder)
+    vision, sam = (kind.from_pretrained(folder.parent / name) for kind, name in
+                   ((InternVLVisionModel, "vision"), (Sam2Model, "sam")))  # fmt: skip
+    for found, given in ((model.model.vision_tower, vision), (model.mask_model, sam)):
+        weights = found.state_dict()
+        assert all(torch.equal(weights[name], weight) for name, weight in given.state_dict().items())
 
 
 def test_it_runs_with_every_part(folder):
@@ -55,5 +66,6 @@ def test_the_tokenizer_writes_any_text_and_the_worlds_in_few_tokens():
 
 
 def test_wrong_teachers_are_one_line(tmp_path, capsys):
-    assert main([str(tmp_path / "base"), "--sam", str(tmp_path / "absent")]) == 2
+    absent = str(tmp_path / "absent")
+    assert main([str(tmp_path / "base"), "--sam", absent, "--vision", absent]) == 2
     assert capsys.readouterr().err.startswith("perceptio: ")

@@ -24,11 +24,11 @@ def args(tmp_path):
 
 
 def test_a_scene_is_the_worlds_own(scenes):
-    image, things = scenes[3]
+    image, things = scenes[3]["image"], scenes[3]["things"]
     scene = sample_scene(np.random.default_rng([0, 0, 3]), 64, 64)
     assert np.array_equal(image.numpy(), scene.rendering.image)
     assert np.array_equal(things.numpy().astype(int) - 1, thing_map(scene)) and things.max() >= 2
-    assert np.array_equal(scene_instances(3, side=64)[1], things.numpy())
+    assert np.array_equal(scene_instances(3, side=64)["things"], things.numpy())
 
 
 def test_scenes_are_laid_down_once(scenes, tmp_path):
@@ -47,7 +47,7 @@ def test_scenes_are_laid_down_once(scenes, tmp_path):
 def test_a_prompt_shows_its_mask(scenes, args, boxes):
     args.boxes = boxes
     for index in range(6):
-        image, things = scenes[index]
+        image, things = scenes[index]["image"], scenes[index]["things"]
         drawn = draw_prompts(image, things, args, np.random.default_rng(index))
         mirrored = np.random.default_rng(index).random() < 0.5
         shown = things.flip(1) if mirrored else things

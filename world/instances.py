@@ -1,4 +1,4 @@
-"""Pictures of scenes with what belongs to which thing: what a promptable segmenter is trained on."""
+"""Pictures of scenes with what every pixel shows: what a segmenter and a vision tower are trained on."""
 
 import json
 import os
@@ -13,19 +13,49 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..data.manifest import write_json
+from .marks import LETTERS, choose_points
 from .records import SPLITS, WORTH_WORKERS
 from .scene import sample_scene
-from .views import thing_map
+from .shapes import NOUNS
+from .surfaces import COLOURS, PATTERNS
+from .views import inverse_depth, thing_map
 
 PART = 500  # scenes of a file
+MOST = 255  # things of a scene, and the value of what there is not
 NOTE = "instances.json"
 
 
-def scene_instances(index: int, seed: int = 0, split: str = "train", side: int = 192) -> tuple[np.ndarray, np.ndarray]:
-    """uint8[side, side, 3], and uint8[side, side]: 0 where there is no thing, else the thing's number from 1 on."""
+def scene_instances(index: int, seed: int = 0, split: str = "train", side: int = 192) -> dict[str, np.ndarray]:
+    """What every pixel of a scene shows.
+
+    image: uint8[side, side, 3];  things: uint8[side, side], 0 where there is no thing, else its number from 1 on;
+    depth: float16[side, side], relative inverse depth;  names: uint8[256, 3], by number its noun, colour and pattern,
+    each counted from 1 on, 0 for none;  places: int16[5, 2], (x, y) of points that differ in depth, -1 for none.
+    """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = sample_scene(rng, side, side)
-    return scene.rendering.image, (thing_map(scene) + 1).astype(np.uint8)
+    inverse = inverse_depth(scene.rendering.depth)
+    names = np.zeros((MOST + 1, 3), np.uint8)
+    for number, thing in enumerate(scene.things[:MOST], 1):
+        names[number] = [
+            1 + NOUNS.index(thing.noun),
+            1 + list(COLOURS).index(thing.colour),
+            1 + PATTERNS.index(thing.pattern),
+        ]
+    places = np.full((len(LETTERS), 2), -1, np.int16)
+    for count in (5, 3, 2):
+        found = choose_points(rng, inverse, scene.rendering.depth, count)
+        if found is not None:
+            places[:count] = found
+            break
+    things = np.where(thing_map(scene) < MOST, thing_map(scene) + 1, 0)
+    return {
+        "image": scene.rendering.image,
+        "things": things.astype(np.uint8),
+        "depth": inverse.astype(np.float16),
+        "names": names,
+        "places": places,
+    }
 
 
 class InstanceSet:
@@ -39,14 +69,15 @@ class InstanceSet:
     def __len__(self) -> int:
         return self.facts["count"]
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """A scene by the names of `scene_instances`."""
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
         part, row = divmod(index, PART)
         if part not in self._open:
             self._open[part] = safe_open(self.folder / _name(part), "pt")
         file = self._open[part]
-        return file.get_slice("image")[row], file.get_slice("things")[row]
+        return {name: file.get_slice(name)[row] for name in file.keys()}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}  # another process opens for itself
@@ -66,16 +97,15 @@ def write_instances(
     starts = [start for start in range(0, count, PART) if not (folder / _name(start // PART)).is_file()]
     indices = [index for start in starts for index in range(start, min(start + PART, count))]
     rows = _rendered(indices, seed, split, side, workers)
-    images, things = [], []
-    for index, (image, ids) in zip(tqdm(indices, "scenes", unit=" scenes", disable=None), rows, strict=True):
-        images.append(torch.from_numpy(image))
-        things.append(torch.from_numpy(ids))
+    part: list[dict] = []
+    for index, row in zip(tqdm(indices, "scenes", unit=" scenes", disable=None), rows, strict=True):
+        part.append(row)
         if (index + 1) % PART == 0 or index + 1 == count:
             path = folder / _name(index // PART)
             half = path.with_name(f".{path.name}.incomplete")
-            save_file({"image": torch.stack(images), "things": torch.stack(things)}, half)
+            save_file({name: torch.from_numpy(np.stack([row[name] for row in part])) for name in row}, half)
             os.replace(half, path)
-            images, things = [], []
+            part = []
     write_json(folder / NOTE, facts)
     return InstanceSet(folder)
 
@@ -94,5 +124,5 @@ def _rendered(indices: list[int], seed: int, split: str, side: int, workers: int
         yield from pool.imap(_draw, tasks, 8)
 
 
-def _draw(task: tuple) -> tuple[np.ndarray, np.ndarray]:
+def _draw(task: tuple) -> dict[str, np.ndarray]:
     return scene_instances(*task)

@@ -1,0 +1,188 @@
+"""Train a small InternViT to tell what every part of a picture shows.
+
+    python -m perceptio.teachers.vision --config recipes/teachers/vision-tiny.yaml
+
+The vision towers of real backbones come trained; this is the small one's training.  Every cell of 7 pixels is asked
+for the thing that it shows (noun, colour, pattern), how near it is, and whether a marked point is in it, by linear
+heads that are thrown away afterwards.  Scenes are rendered once into `<output_dir>/scenes`.  A killed run goes on with
+the same command.  Writes `<output_dir>/model`, a folder for `InternVLVisionModel.from_pretrained`, with its figures on
+held-out scenes in `evaluation.json`.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import InternVLVisionConfig, InternVLVisionModel
+from trl import TrlParser
+
+from ..data.manifest import write_json
+from ..training.checkpoints import EXIT_CODES
+from ..training.guard import NoMemory
+from ..world.marks import LETTERS, draw_points
+from ..world.shapes import NOUNS
+from ..world.surfaces import COLOURS, PATTERNS
+from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, scene_sets
+
+CELLS = 2  # along each side of a patch
+CLASSES = {"noun": len(NOUNS) + 1, "colour": len(COLOURS) + 1, "pattern": len(PATTERNS) + 1, "point": len(LETTERS) + 1}
+WEIGHTS = {"noun": 1.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 1.0}
+DEPTH_OFFSET = 0.1  # relative inverse depth is compared on a log scale above it
+MARKED = 0.6  # share of the pictures that have marked points
+
+
+@dataclass
+class VisionTrainingConfig(SceneArguments):
+    """transformers' `TrainingArguments`, the scenes, and the size of the tower."""
+
+    side: int = field(default=224, metadata={"help": "of the pictures, a multiple of twice the patch"})
+    patch: int = field(default=14, metadata={"help": "side of a patch"})
+    width: int = field(default=256, metadata={"help": "of the tower"})
+    layers: int = field(default=8, metadata={"help": "of the tower"})
+    heads: int = field(default=4, metadata={"help": "of its attention"})
+    label_names: list[str] | None = field(default_factory=lambda: ["noun"])
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.side % (2 * self.patch):
+            raise ValueError(f"`side` is {self.side}, expected a multiple of {2 * self.patch}, twice `patch`")
+
+
+def vision_config(side: int, patch: int, width: int, layers: int, heads: int) -> InternVLVisionConfig:
+    return InternVLVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=side,
+        patch_size=patch,
+    )
+
+
+class Cells(SceneDraws):
+    def draw(self, scene: dict[str, Tensor], rng) -> dict[str, Tensor]:
+        return draw_cells(scene, self.args, rng)
+
+
+def draw_cells(scene: dict[str, Tensor], args: VisionTrainingConfig, rng) -> dict[str, Tensor]:
+    """pixel_values float[3, S, S], and of every cell noun, colour, pattern, point int[C, C] and depth float[C, C].
+
+    Half of the pictures are mirrored, some have marked points; light and contrast differ.
+    """
+    image, things, depth, places = scene["image"], scene["things"], scene["depth"], scene["places"].clone()
+    if rng.random() < 0.5:
+        image, things, depth = image.flip(1), things.flip(1), depth.flip(1)
+        places[places[:, 0] >= 0, 0] = args.side - 1 - places[places[:, 0] >= 0, 0]
+    cell = args.patch // CELLS
+    count = args.side // cell
+    point = torch.zeros(count, count, dtype=torch.long)
+    there = [(int(x), int(y)) for x, y in places.tolist() if x >= 0]
+    if there and rng.random() < MARKED:
+        shown = int(rng.integers(min(2, len(there)), len(there) + 1))
+        chosen = [there[place] for place in rng.permutation(len(there))[:shown]]
+        letters = "".join(rng.permutation(list(LETTERS))[:shown])
+        image = torch.from_numpy(draw_points(image.numpy(), chosen, letters).copy())
+        for (x, y), letter in zip(chosen, letters, strict=True):
+            point[y // cell, x // cell] = 1 + LETTERS.index(letter)
+    light = torch.from_numpy(rng.uniform(0.85, 1.15, 3)).float() * float(rng.uniform(0.8, 1.2))
+    pixels = (image.float() * light).clamp(0, 255)
+    middle = slice(cell // 2, None, cell)
+    names = scene["names"].long()[things[middle, middle].long()]  # [C, C, 3]
+    near = F.avg_pool2d(depth[None].float(), cell)[0]
+    return {
+        "pixel_values": as_pixels(pixels),
+        "noun": names[..., 0],
+        "colour": names[..., 1],
+        "pattern": names[..., 2],
+        "point": point,
+        "depth": (near + DEPTH_OFFSET).log(),
+    }
+
+
+class CellReader(nn.Module):
+    """A vision tower with a linear head for each thing that is asked of a cell."""
+
+    def __init__(self, config: InternVLVisionConfig):
+        super().__init__()
+        # the backward pass of written-out attention is the faster one on CPUs
+        self.tower = InternVLVisionModel._from_config(config, attn_implementation="eager")
+        self.sizes = [*CLASSES.values(), 1]
+        self.heads = nn.Linear(config.hidden_size, CELLS**2 * sum(self.sizes))
+
+    def read(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Of every class float[B, C, C, classes], and "depth" float[B, C, C]."""
+        states = self.tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
+        side = int(states.shape[1] ** 0.5)
+        cells = self.heads(states).float().unflatten(1, (side, side)).unflatten(-1, (CELLS, CELLS, -1))
+        cells = cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        *classes, depth = cells.split(self.sizes, -1)
+        return {**dict(zip(CLASSES, classes, strict=True)), "depth": depth[..., 0]}
+
+    def forward(self, pixel_values: Tensor, **truth: Tensor) -> dict[str, Tensor]:
+        found = self.read(pixel_values)
+        losses = {name: F.cross_entropy(found[name].flatten(0, 2), truth[name].flatten()) for name in CLASSES}
+        marked = truth["point"] > 0
+        missed = F.cross_entropy(found["point"].flatten(0, 2), truth["point"].flatten(), reduction="none")
+        losses["point"] = missed.mean() + (missed * marked.flatten()).sum() / marked.sum().clamp(min=1)
+        losses["depth"] = (found["depth"] - truth["depth"]).abs().mean()
+        output = {"loss": sum(WEIGHTS[name] * loss for name, loss in losses.items())}
+        for name in CLASSES:  # among the cells where there is something to tell
+            told = truth[name] > 0
+            output[name] = torch.stack([((found[name].argmax(-1) == truth[name]) & told).sum(), told.sum()])
+        near, true = (depth.exp() for depth in (found["depth"], truth["depth"]))
+        close = torch.maximum(near / true, true / near) < 1.25
+        output["depth"] = torch.stack([close.sum(), torch.tensor(close.numel(), device=close.device)])
+        return output
+
+
+class VisionTrainer(SceneTrainer):
+    facts = ("side", "patch", "width", "layers", "heads")
+
+
+def train(args: VisionTrainingConfig) -> int:
+    scenes, held_out, repeats = scene_sets(args, args.side)
+    torch.manual_seed(args.seed)
+    model = CellReader(vision_config(args.side, args.patch, args.width, args.layers, args.heads))
+    trainer = VisionTrainer(
+        model, args, train_dataset=Cells(scenes, args, repeats), eval_dataset=Cells(held_out, args)
+    )
+    trainer.train_or_go_on()
+    if trainer.interrupted is not None:
+        return EXIT_CODES[trainer.interrupted]
+    if trainer.is_world_process_zero():
+        out = Path(args.output_dir)
+        model.tower.save_pretrained(out / "model")
+        figures = evaluate(model, Cells(held_out, args), args.device)
+        write_json(out / "model" / "evaluation.json", figures)
+        print(figures)
+    return 0
+
+
+@torch.no_grad()
+def evaluate(model: CellReader, cells: Cells, device, batch_size: int = 16) -> dict[str, float]:
+    """Of the cells that show a thing or a mark, the share that is named right; of all, the share of depths within a
+    quarter (δ1 of depth 1 / (v + 0.1))."""
+    model.eval()
+    loader = torch.utils.data.DataLoader(cells, batch_size)
+    rows = [model(**{name: tensor.to(device) for name, tensor in batch.items()}) for batch in loader]
+    right, asked = {}, (*CLASSES, "depth")
+    for name in asked:
+        found, count = torch.stack([row[name] for row in rows]).sum(0).tolist()
+        right[name] = found / max(count, 1)
+    return {"scenes": len(cells), **right}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        (args,) = TrlParser((VisionTrainingConfig,)).parse_args_and_config(arguments)
+        return train(args)
+    except (ValueError, OSError, ImportError, FloatingPointError, NoMemory) as error:
+        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

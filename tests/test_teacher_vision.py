@@ -1,0 +1,134 @@
+"""The vision tower of perceptio-tiny: what its cells are asked, and a short training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import InternVLVisionModel
+
+from perceptio.processing_perceptio import IMAGENET_MEAN, IMAGENET_STD
+from perceptio.teachers.vision import (
+    CLASSES,
+    DEPTH_OFFSET,
+    CellReader,
+    VisionTrainingConfig,
+    draw_cells,
+    main,
+    vision_config,
+)
+from perceptio.world.instances import scene_instances, write_instances
+from perceptio.world.scene import sample_scene
+from perceptio.world.shapes import NOUNS
+from perceptio.world.surfaces import COLOURS, PATTERNS
+from perceptio.world.views import inverse_depth, thing_map
+
+SIDE = 112
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_instances(tmp_path_factory.mktemp("scenes"), count=8, side=SIDE, workers=0)
+
+
+@pytest.fixture
+def args(tmp_path):
+    return VisionTrainingConfig(str(tmp_path), side=SIDE)
+
+
+def drawn_with(scenes, args, marked: bool):
+    """(scene, what was drawn, whether it was mirrored) of every scene."""
+    for index in range(len(scenes)):
+        for seed in range(40):
+            drawn = draw_cells(scenes[index], args, np.random.default_rng(seed))
+            if bool(drawn["point"].any()) == marked:
+                yield scenes[index], drawn, np.random.default_rng(seed).random() < 0.5
+                break
+
+
+def test_a_scene_names_what_it_shows():
+    scene = sample_scene(np.random.default_rng([0, 0, 3]), SIDE, SIDE)
+    row = scene_instances(3, side=SIDE)
+    assert np.allclose(row["depth"], inverse_depth(scene.rendering.depth), atol=1e-3)
+    for index in np.unique(thing_map(scene)):
+        noun, colour, pattern = row["names"][index + 1]
+        if index < 0:
+            assert (noun, colour, pattern) == (0, 0, 0)
+            continue
+        thing = scene.things[index]
+        assert (NOUNS[noun - 1], list(COLOURS)[colour - 1], PATTERNS[pattern - 1]) == (
+            thing.noun, thing.colour, thing.pattern
+        )  # fmt: skip
+    there = row["places"][row["places"][:, 0] >= 0]
+    values = [float(row["depth"][y, x]) for x, y in there]
+    assert len(there) >= 2 and values == sorted(values, reverse=True)
+
+
+def test_cells_are_asked_for_what_they_show(scenes, args):
+    count = 0
+    for scene, drawn, mirrored in drawn_with(scenes, args, marked=False):
+        things, depth = scene["things"].numpy(), scene["depth"].float().numpy()
+        if mirrored:
+            things, depth = things[:, ::-1], depth[:, ::-1]
+        assert drawn["noun"].shape == (16, 16) and drawn["pixel_values"].shape == (3, SIDE, SIDE)
+        for row, column in np.random.default_rng(0).integers(0, 16, (30, 2)):
+            names = scene["names"][things[7 * row + 3, 7 * column + 3]]
+            found = [int(drawn[name][row, column]) for name in ("noun", "colour", "pattern")]
+            assert found == names.tolist()
+            mean = depth[7 * row : 7 * row + 7, 7 * column : 7 * column + 7].mean()
+            assert abs(drawn["depth"][row, column].exp() - DEPTH_OFFSET - mean) < 2e-3
+        count += 1
+    assert count >= 6
+
+
+def test_a_marked_point_is_drawn_where_it_is_asked_for(scenes, args):
+    count = 0
+    for _, drawn, _ in drawn_with(scenes, args, marked=True):
+        pixels = drawn["pixel_values"] * torch.tensor(IMAGENET_STD)[:, None, None]
+        red, green, _ = (pixels + torch.tensor(IMAGENET_MEAN)[:, None, None]) * 255
+        ring = (red > 140) & (green < 60)
+        letters = drawn["point"][drawn["point"] > 0].tolist()
+        assert 2 <= len(letters) <= 5 and len(set(letters)) == len(letters)
+        for row, column in drawn["point"].nonzero().tolist():
+            around = ring[max(0, 7 * row - 3) : 7 * row + 10, max(0, 7 * column - 3) : 7 * column + 10]
+            assert around.sum() >= 3
+            count += 1
+    assert count >= 10
+
+
+def test_cells_are_read_where_they_are():
+    """What changes in one patch alone is asked of that patch: its four cells, in their places."""
+    torch.manual_seed(0)
+    reader = CellReader(vision_config(56, 14, 32, 1, 2)).eval()
+    states = torch.zeros(1, 17, 32)
+    states[0, 1 + 4 * 1 + 2, 0] = 1  # the patch in row 1, column 2
+
+    class Tower(torch.nn.Module):
+        def forward(self, pixel_values):
+            return type("Output", (), {"last_hidden_state": states})
+
+    reader.tower = Tower()
+    found = reader.read(torch.zeros(1, 3, 56, 56))
+    assert [found[name].shape[-1] for name in CLASSES] == list(CLASSES.values())
+    blocks = found["depth"][0].unflatten(0, (4, 2)).unflatten(2, (4, 2)).transpose(1, 2)  # [row, column, 2, 2]
+    usual = blocks[0, 0]
+    differs = (blocks - usual).abs().amax((2, 3)) > 1e-6
+    assert found["depth"].shape == (1, 8, 8) and differs.nonzero().tolist() == [[1, 2]]
+
+
+def test_a_short_training_learns_and_leaves_a_tower(tmp_path, capsys):
+    arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 56, "width": 32, "layers": 2,
+                 "heads": 2, "per_device_train_batch_size": 4, "max_steps": 40, "learning_rate": 3e-3,
+                 "logging_steps": 5, "save_steps": 20, "report_to": "none", "disable_tqdm": True, "bf16": False,
+                 "train_sampling_strategy": "sequential"}  # fmt: skip
+    words = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    assert main(words) == 0
+    state = json.loads((tmp_path / "checkpoint-40" / "trainer_state.json").read_text())
+    losses = [line["loss"] for line in state["log_history"] if "loss" in line]
+    assert losses[-1] < losses[0] - 1.2, losses
+    figures = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    assert figures["scenes"] == 4 and all(0 <= figures[name] <= 1 for name in (*CLASSES, "depth"))
+    tower = InternVLVisionModel.from_pretrained(tmp_path / "model")
+    assert tower(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 17, 32)
+    assert main([*words, "--side", "100"]) == 2
+    assert "`side` is 100" in capsys.readouterr().err
