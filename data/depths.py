@@ -216,3 +216,8 @@ def _numpy(data: bytes, name: str) -> np.ndarray:
     file.seek(0)
     values = np.lib.format.read_array(file, allow_pickle=False)
     return values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+
+
+def nearness(value: float) -> int:
+    """Relative inverse depth as one digit: 0 (far) to 9 (near)."""
+    return min(int(10 * value), 9)

@@ -1,6 +1,7 @@
 """The world's pictures, masks, depth and answers against a second computation that shares no code with them."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -66,6 +67,9 @@ def check_place(place: str, numbers) -> None:
                     asked += 1
                     fault = points_fault(truth, question, count, lure)
                     wrong += [(place, number, count, question.answer, fault)] if fault else []
+                    for later in asker.about_points(question, 4):
+                        fault = later_fault(truth, asker, later, question.extra["points"])
+                        wrong += [(place, number, later.text, later.answer, fault)] if fault else []
     assert not wrong
     assert asked > 3 * len(numbers)
 
@@ -106,6 +110,21 @@ def points_fault(truth, question, count: int, lure) -> str:
         if (above < 12).sum() < 25 or not (above > 120).any():
             return f"no letter above {px}, {py}"
     return ""
+
+
+def later_fault(truth, asker, question, places) -> str:
+    """Of a question about points that were drawn before."""
+    letters = re.findall(r"point ([A-E])", question.text)
+    x, y = np.array([places[letter] for letter in letters]).T
+    if len(letters) == 2:
+        _, depth = truth.look(x + 0.5, y + 0.5)
+        if question.answer != f"({letters[int(depth.argmin())]})":
+            return f"depths {depth}"
+    elif question.answer != f"{min(9, int(asker.inverse[y[0], x[0]] * 10))}.":
+        return f"{asker.inverse[y[0], x[0]]}"
+    rows, columns = question.mask.nonzero()
+    shown = {int(np.hypot(x - column, y - row).argmin()) for row, column in zip(rows, columns, strict=True)}
+    return "" if shown == set(range(len(letters))) else f"the mask shows {shown} of {letters}"
 
 
 def test_the_oracle_itself_finds_faults():
@@ -254,6 +273,7 @@ def test_depth_survives_in_the_record():
         ("height", 5000),
         ("turns", 0),
         ("points", 1.5),
+        ("point_turns", 0),
         ("kinds", {"riddle": 1}),
         ("kinds", {}),
         ("width", "9"),

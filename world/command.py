@@ -28,13 +28,21 @@ def add_parser(commands) -> None:
     build.add_argument(
         "--turns", type=int, default=3, metavar="N", help="questions on one picture (default: %(default)s)"
     )
+    build.add_argument(
+        "--points", type=float, default=0.5, metavar="SHARE",
+        help="of the scenes of train, validation and test that also give a picture with marked points (default: "
+        "%(default)s)",
+    )  # fmt: skip
+    build.add_argument(
+        "--point-turns", type=int, default=1, metavar="N", help="questions on one of those (default: %(default)s)"
+    )
     build.set_defaults(run=run_build)
     sheet = actions.add_parser("sheet", help="draw scenes on one picture: mask, depth, question, answer")
     sheet.add_argument("out", metavar="FILE", help="picture to write, .png or .jpg")
     sheet.add_argument(
         "--columns", type=int, default=4, metavar="N", help="scenes side by side (default: %(default)s)"
     )
-    sheet.set_defaults(run=run_sheet, workers=None, turns=1)
+    sheet.set_defaults(run=run_sheet, workers=None, turns=1, points=0.5, point_turns=1)
     for action in (build, sheet):
         action.add_argument("--scenes", type=int, default=24, metavar="N", help="how many (default: %(default)s)")
         action.add_argument("--split", choices=SPLITS, default="train", help="kind of scenes (default: %(default)s)")
@@ -51,7 +59,9 @@ def _records(options):
         raise ImportError(f'{error}: the world needs the extra "world": pip install "perceptio[world]"') from error
     if options.scenes < 1 or options.seed < 0:
         raise ValueError(f"`--scenes` is {options.scenes} and `--seed` {options.seed}, expected at least 1 and 0")
-    settings = WorldOptions(options.size, options.size, options.turns)
+    settings = WorldOptions(
+        options.size, options.size, options.turns, points=options.points, point_turns=options.point_turns
+    )
     found = world_records(options.scenes, options.seed, options.split, settings, workers=options.workers)
     return tqdm(found, desc=f"rendering {options.split}", unit=" records", disable=None)
 

@@ -8,6 +8,8 @@ QUESTION = (
     "Multiple points are circled on the image, labeled by letters beside each circle. Which point is the closest to "
     "the camera?"
 )
+NEAR = "How near is point {}, from 0 (far) to 9 (near)?"
+PAIR = "Which is closer to the camera, point {} or point {}?"
 SIDE = 336  # the picture that the sizes below are of
 RADIUS, LINE, LABEL_ABOVE, LETTER = 4, 2, 17, 12
 GAP = 20 / 255  # between any two points, in relative inverse depth

@@ -9,9 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
-from ..data.depths import encode_depth
+from ..data.depths import encode_depth, nearness
 from . import phrases
-from .marks import LETTERS, QUESTION, choose_points, discs, draw_points
+from .marks import LETTERS, NEAR, PAIR, QUESTION, choose_points, discs, draw_points
 from .phrases import APART, by_attributes, by_neighbour, by_place, in_front, may_fit, plural, same_kind, with_article
 from .scene import Scene
 from .shapes import NOUNS
@@ -79,6 +79,22 @@ class Asker:
             "nearest_is_lowest": places[0][1] >= max(y for _, y in places),
         }
         return Question("points", QUESTION, f"({letters[0]})", discs(places, self.shape), extra, image)
+
+    def about_points(self, asked: Question, count: int) -> list[Question]:
+        """Up to `count` further questions about the points of such a question: how near one is, or which of two."""
+        places, letters = asked.extra["points"], list(asked.extra["points"])
+        value = {letter: self.inverse[y, x] for letter, (x, y) in places.items()}
+        found: dict[str, Question] = {}
+        for turn in range(count):
+            if turn % 2 == 0:
+                letter = str(self.rng.choice(letters))
+                text, answer, shown = NEAR.format(letter), f"{nearness(value[letter])}.", [letter]
+            else:
+                shown = [str(letter) for letter in self.rng.permutation(letters)[:2]]
+                text, answer = PAIR.format(*shown), f"({max(shown, key=value.get)})"
+            mask = discs([places[letter] for letter in shown], self.shape)
+            found[text] = Question("near" if len(shown) == 1 else "pair", text, answer, mask, {"letters": shown})
+        return list(found.values())
 
     # Parts
 

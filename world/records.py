@@ -26,13 +26,14 @@ LONGEST_SEARCH = 60  # scenes that are tried for one question before giving up
 @dataclass(frozen=True)
 class WorldOptions:
     """width, height: pixels.  turns: questions on one picture.  points: share of the training scenes that also give a
-    picture with marked points.  kinds: weight of each kind of question.  second_depth: later answers repeat the depth
-    span as well as the mask."""
+    picture with marked points.  point_turns: questions on one of those, the first asks for the closest.  kinds: weight
+    of each kind of question.  second_depth: later answers repeat the depth span as well as the mask."""
 
     width: int = 224
     height: int = 224
     turns: int = 3
     points: float = 0.5
+    point_turns: int = 1
     kinds: dict = field(default_factory=lambda: dict(KINDS))
     second_depth: bool = False
 
@@ -40,8 +41,9 @@ class WorldOptions:
         for name in ("width", "height"):
             if not isinstance(getattr(self, name), int) or not 64 <= getattr(self, name) <= 2000:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected 64 to 2000 pixels")
-        if not isinstance(self.turns, int) or not 1 <= self.turns <= 20:
-            raise ValueError(f"`turns` is {self.turns!r}, expected 1 to 20 questions on one picture")
+        for name in ("turns", "point_turns"):
+            if not isinstance(getattr(self, name), int) or not 1 <= getattr(self, name) <= 20:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected 1 to 20 questions on one picture")
         if not 0 <= self.points <= 1:
             raise ValueError(f"`points` is {self.points!r}, expected a share from 0 to 1")
         unknown = set(self.kinds) - set(KINDS)
@@ -68,7 +70,8 @@ def scene_records(index: int, seed: int = 0, split: str = "train", options: Worl
     if rng.random() < options.points:
         points = asker.points(int(rng.integers(2, 6)), None if rng.random() < 0.5 else bool(rng.random() < 0.6))
         if points is not None:
-            found.append(_record(asker, rng, name + "-points", split, [points], options))
+            asked = [points, *asker.about_points(points, options.point_turns - 1)]
+            found.append(_record(asker, rng, name + "-points", split, asked, options))
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ...modeling_depth_vqvae import DepthVQVAE
-from ..depths import DepthError, decode_depth
+from ..depths import DepthError, decode_depth, nearness
 from ..label import encode_codes, load_vqvae
 from ..record import GIVEN, upright_size
 from ..shards import read_shards
@@ -49,21 +49,34 @@ def marked_points(record: dict) -> dict[str, list[int]] | None:
 
 @torch.no_grad()
 def give_span(record: dict, points: dict, codes: list[int], vqvae: DepthVQVAE, codebook: str) -> dict | None:
-    """The record with these codes in its span and the answer that follows from them; None where they do not tell."""
+    """The record with these codes in its span and the answers that follow from them; None where they do not tell the
+    first.  Later questions that they do not tell are left out."""
     depth = vqvae.decode_ids(torch.tensor([codes]))[0]
     width, height = upright_size(record["image"]["bytes"])
     near = {
         letter: depth[int(y * depth.shape[0] / height), int(x * depth.shape[1] / width)].item()
         for letter, (x, y) in points.items()
     }
-    first, second, *_ = sorted(near.values(), reverse=True)
-    if first - second < CLEAR:
+    extra = json.loads(record["extra"])
+    answers = [told(question, near) for question in extra["questions"]]
+    if answers[0] is None:
         return None
-    letter = max(near, key=near.get)
-    messages = [
-        {**message, "content": f"({letter})"} if message["role"] == "assistant" else message
-        for message in record["messages"]
-    ]
-    extra = json.dumps({**json.loads(record["extra"]), GIVEN: True}, ensure_ascii=False, sort_keys=True)
-    return {**record, "id": f"{record['id']}-given", "messages": messages, "depth": None, "depth_codes": codes,
-            "depth_codebook": codebook, "extra": extra}  # fmt: skip
+    kept = [place for place, answer in enumerate(answers) if answer is not None]
+    messages, masks = [], []
+    for turn, place in enumerate(kept):
+        question, reply = record["messages"][2 * place : 2 * place + 2]
+        messages += [question, {**reply, "content": answers[place]}]
+        masks += [{**mask, "turn": 2 * turn + 1} for mask in record["masks"] if mask["turn"] == 2 * place + 1]
+    extra |= {GIVEN: True, "questions": [extra["questions"][place] for place in kept]}
+    return {**record, "id": f"{record['id']}-given", "messages": messages, "masks": masks, "depth": None,
+            "depth_codes": codes, "depth_codebook": codebook,
+            "extra": json.dumps(extra, ensure_ascii=False, sort_keys=True)}  # fmt: skip
+
+
+def told(question: dict, near: dict[str, float]) -> str | None:
+    """What points this near answer; None where two are almost alike."""
+    letters = question.get("letters") or list(near)
+    if len(letters) == 1:
+        return f"{nearness(near[letters[0]])}."
+    first, second, *_ = sorted((near[letter] for letter in letters), reverse=True)
+    return f"({max(letters, key=near.get)})" if first - second >= CLEAR else None
