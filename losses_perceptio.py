@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 # What each mean is over.
 COUNTED = {
     "text_loss": "tokens",
+    "answer_loss": "words",
     "seg_bce_loss": "masks",
     "seg_dice_loss": "masks",
     "seg_object_loss": "objects",
@@ -24,10 +25,11 @@ COUNTED = {
     "depth_recon_loss": "spans",
 }
 TERMS = tuple(COUNTED)
-# tokens that are learned; masks that show something; all masks; depth spans; records with an answer.
-COUNTS = ("tokens", "masks", "objects", "spans", "answers")
-DEFAULT_WEIGHTS = {**dict.fromkeys(TERMS, 1.0), "seg_bce_loss": 2.0, "seg_dice_loss": 0.5, "seg_object_loss": 0.5,
-                   "seg_iou_loss": 0.1}  # fmt: skip
+# tokens that are learned; those of them outside of perception; masks that show something; all masks; depth spans;
+# records with an answer.
+COUNTS = ("tokens", "words", "masks", "objects", "spans", "answers")
+DEFAULT_WEIGHTS = {**dict.fromkeys(TERMS, 1.0), "answer_loss": 0.0, "seg_bce_loss": 2.0, "seg_dice_loss": 0.5,
+                   "seg_object_loss": 0.5, "seg_iou_loss": 0.1}  # fmt: skip
 IGNORED = -100
 LOGIT_BYTES = 1 << 27  # of the logits that exist at one time
 
@@ -35,7 +37,7 @@ LOGIT_BYTES = 1 << 27  # of the logits that exist at one time
 def total_loss(sums: dict[str, Tensor], counts: Tensor, weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss and its unweighted parts: what this piece of the batch adds to each mean.
 
-    sums: of each term over this piece.  counts: float[5] over the whole batch, in the order of `COUNTS`.
+    sums: of each term over this piece.  counts: float[6] over the whole batch, in the order of `COUNTS`.
     """
     share = dict(zip(COUNTS, counts.clamp(min=1).unbind(), strict=True))
     parts = {term: sums[term] / share[COUNTED[term]].to(sums[term]) for term in TERMS}
@@ -43,6 +45,14 @@ def total_loss(sums: dict[str, Tensor], counts: Tensor, weights: dict[str, float
 
 
 # Text: next-token cross-entropy that never holds float[T, V]
+
+
+def answer_words(labels: Tensor, config) -> Tensor:
+    """bool like `labels`: what is learned of the answers alone, without perception tokens."""
+    first, codes = config.depth_code_token_ids
+    control = [config.seg_token_id, config.depth_start_token_id, config.depth_end_token_id]
+    of_perception = torch.isin(labels, torch.tensor(control, device=labels.device))
+    return (labels != IGNORED) & ~of_perception & ((labels < first) | (labels >= first + codes))
 
 
 class HeadCrossEntropy(torch.autograd.Function):

@@ -29,6 +29,7 @@ from .losses_perceptio import (
     DEFAULT_WEIGHTS,
     IGNORED,
     Head,
+    answer_words,
     at_least_float32,
     depth_count_loss,
     depth_recon_loss,
@@ -367,24 +368,20 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         return PerceptioCausalLMOutput(loss=loss + idle, losses=parts, figures=figures)
 
     def _text_terms(self, states: Tensor, labels: Tensor, head: Head) -> tuple[dict, dict, Tensor]:
-        learned = labels[:, 1:] != IGNORED
-        gold = labels[:, 1:][learned]
-        total, likeliest = head_cross_entropy(states[:, :-1][learned], head, gold)
-        predicted = torch.full_like(labels, IGNORED)
-        predicted[:, 1:][learned] = likeliest
-        first, codes = self.config.depth_code_token_ids
-        control = torch.tensor(
-            [self.config.seg_token_id, self.config.depth_start_token_id, self.config.depth_end_token_id],
-            device=labels.device,
-        )
-        answer = (labels != IGNORED) & ~torch.isin(labels, control) & ((labels < first) | (labels >= first + codes))
-        answer[:, 0] = False
-        right = ((predicted == labels) | ~answer).all(-1) & answer.any(-1)
+        learned, words = labels != IGNORED, answer_words(labels, self.config)
+        learned[:, 0] = words[:, 0] = False
+        predicted, sums = torch.full_like(labels, IGNORED), []
+        for chosen in (words, learned & ~words):
+            states_before = states[:, :-1][chosen[:, 1:]]
+            total, likeliest = head_cross_entropy(states_before, head, labels[chosen])
+            predicted[chosen] = likeliest
+            sums.append(total)
+        right = ((predicted == labels) | ~words).all(-1) & words.any(-1)
         figures = {
-            "token_accuracy": _share((likeliest == gold).sum(), gold.numel()),
-            "answer_accuracy": _share(right.sum(), answer.any(-1).sum()),
+            "token_accuracy": _share(((predicted == labels) & learned).sum(), learned.sum()),
+            "answer_accuracy": _share(right.sum(), words.any(-1).sum()),
         }
-        return {"text_loss": total}, figures, predicted
+        return {"text_loss": sum(sums), "answer_loss": sums[0]}, figures, predicted
 
     def _depth_terms(self, states: Tensor, input_ids: Tensor, predicted: Tensor, head: Head, targets: dict):
         rows, starts = targets["depth_positions"].unbind(-1)

@@ -88,6 +88,10 @@ class PerceptioSFTConfig(SFTConfig):
     lora_alpha: int = field(default=256, metadata={"help": "scale of LoRA"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout of LoRA"})
     text_weight: float = field(default=DEFAULT_WEIGHTS["text_loss"], metadata={"help": "of next-token cross-entropy"})
+    answer_weight: float = field(
+        default=DEFAULT_WEIGHTS["answer_loss"],
+        metadata={"help": "of the cross-entropy of the answers alone, which many codes dilute in `text_loss`"},
+    )
     seg_bce_weight: float = field(default=DEFAULT_WEIGHTS["seg_bce_loss"], metadata={"help": "of the masks' BCE"})
     seg_dice_weight: float = field(default=DEFAULT_WEIGHTS["seg_dice_loss"], metadata={"help": "of the masks' Dice"})
     seg_object_weight: float = field(

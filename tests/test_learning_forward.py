@@ -113,6 +113,10 @@ def plainly(model, batch) -> dict:
     sums = {term: torch.zeros((), dtype=torch.float64) for term in TERMS}
     sums["text_loss"] = costs[labels[:, 1:] != IGNORED].sum()
     first, codes = config.depth_code_token_ids
+    perception = {config.seg_token_id, config.depth_start_token_id, config.depth_end_token_id, IGNORED}
+    perception |= set(range(first, first + codes))
+    words = [[token not in perception for token in row] for row in labels[:, 1:].tolist()]
+    sums["answer_loss"] = costs[torch.tensor(words)].sum()
     for (row, start), depth in zip(targets["depth_positions"].tolist(), targets["depth_labels"], strict=True):
         end = start + SPAN + 1
         assert ids[row, start] == config.depth_start_token_id and ids[row, end] == config.depth_end_token_id

@@ -508,19 +508,20 @@ def test_the_gradient_reaches_the_logits_alone_and_not_through_the_places():
 
 
 def test_the_sum_of_all_losses_by_hand():
-    """Sums 1, 2, 3 …; 10 tokens, 2 masks that show something, 4 masks, 5 spans; every weight its own."""
+    """Sums 1, 2, 3 …; 10 tokens, 8 of answers, 2 masks that show something, 4 masks, 5 spans; every weight
+    its own."""
     sums = {term: torch.tensor(float(i + 1)) for i, term in enumerate(TERMS)}
-    counts = torch.tensor([10.0, 2.0, 4.0, 5.0, 3.0])
+    counts = torch.tensor([10.0, 8.0, 2.0, 4.0, 5.0, 3.0])
     weights = {term: 10.0**i for i, term in enumerate(TERMS)}
     loss, parts = total_loss(sums, counts, weights)
-    expected = [1 / 10, 2 / 2, 3 / 2, 4 / 4, 5 / 2, 6 / 5, 7 / 5, 8 / 5, 9 / 5]
+    expected = [1 / 10, 2 / 8, 3 / 2, 4 / 2, 5 / 4, 6 / 2, 7 / 5, 8 / 5, 9 / 5, 10 / 5]
     assert [parts[term].item() for term in TERMS] == pytest.approx(expected)
     assert loss.item() == pytest.approx(sum(part * 10**i for i, part in enumerate(expected)))
 
 
 def test_pieces_of_a_batch_add_up_to_it():
     sums = [{term: randn(seed=seed + i, kind=torch.float64) for i, term in enumerate(TERMS)} for seed in (0, 20)]
-    counts = torch.tensor([7.0, 3.0, 4.0, 2.0, 2.0])
+    counts = torch.tensor([7.0, 5.0, 3.0, 4.0, 2.0, 2.0])
     whole, _ = total_loss({term: sums[0][term] + sums[1][term] for term in TERMS}, counts, DEFAULT_WEIGHTS)
     pieces = [total_loss(part, counts, DEFAULT_WEIGHTS)[0] for part in sums]
     torch.testing.assert_close(sum(pieces), whole)

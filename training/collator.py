@@ -17,7 +17,7 @@ from ..data.label import encode_codes
 from ..data.masks import check_rle, decode_mask
 from ..data.record import DataError
 from ..data.sequence import IGNORED, TrainingSequence, build_sequence
-from ..losses_perceptio import COUNTS
+from ..losses_perceptio import COUNTS, answer_words
 from ..modeling_depth_vqvae import DepthVQVAE
 from ..processing_perceptio import load_picture
 from ..vqvae.maps import shrink
@@ -198,6 +198,7 @@ class PerceptioCollator:
         answers = (labels[:, 1:] != IGNORED).any(-1).sum().item()
         counted = {
             "tokens": (labels[:, 1:] != IGNORED).sum().item(),
+            "words": answer_words(labels[:, 1:], self.config).sum().item(),
             "masks": sum(present),
             "objects": len(present),
             "spans": len(spans),
