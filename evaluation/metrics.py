@@ -6,7 +6,7 @@ Nothing depends on the order of the items: sums are exact, and what is resampled
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -105,48 +105,79 @@ def _bare(text: str) -> str:
     return text.strip(" .,;:!?\"'`()[]{}«»“”‘’…*_")
 
 
-def parse_letter(text: str, letters: str) -> str | None:
+def parse_letter(text: str, letters: str, options: Mapping[str, str] | None = None) -> str | None:
     """The one option that an answer names, or None where it cannot be read.
 
     letters: the options, as "ABCD".  Read are the letter alone, in brackets or not, with . : ) behind it, and the
     same before the words of the option: "B", "(B)", "B.", "(B) the red cup", "B. the red cup".  Nothing else is:
     not "b", "The answer is B", "A cup", nor an answer in whose words another option stands alone ("(A) or (B)").
+    options: letter → the words of each.  Words that are the named option's own then hold no other ("A. vitamin C"),
+    and those of another option alone contradict the letter.
     """
     found = re.fullmatch(r"(?:\(([A-Z])\)[.:]?|([A-Z])[.:)]*)(?:(?<=[.:)])\s+(\S.*))?", text.strip(), re.DOTALL)
     if found is None:
         return None
     letter, words = found[1] or found[2], found[3] or ""
+    if letter not in letters:
+        return None
+    if words and options:
+        named = {key for key, own in options.items() if exact_answer(own) == exact_answer(words)}
+        if named:
+            return letter if letter in named else None
     others = set(re.findall(r"(?<!\w)([A-Z])(?=[.:)]|$)", words)) - {letter}
-    return letter if letter in letters and not others & set(letters) else None
+    return letter if not others & set(letters) else None
+
+
+def parse_yes_no(text: str) -> bool | None:
+    """True for yes, False for no, None where it cannot be read.
+
+    Read are the word alone in any case, with . , ; : ! behind it, and the same before an explanation: "Yes", "no.",
+    "Yes, there is a dog."  Nothing else is: not "Yes it is", "No idea", "There is", nor an answer in whose
+    explanation the other word stands ("Yes and no", "No. Yes.").
+    """
+    found = re.fullmatch(r"(yes|no)[.,;:!]*(?:(?<=[.,;:!])\s+(\S.*))?", text.strip().casefold(), re.DOTALL)
+    if found is None:
+        return None
+    other = "no" if found[1] == "yes" else "yes"
+    return None if re.search(rf"\b{other}\b", found[2] or "") else found[1] == "yes"
 
 
 # Intervals of 95%
 
 
-def wilson(hits: Sequence[bool], groups: Sequence | None = None) -> tuple[float | None, float | None, float | None]:
+def wilson(
+    hits: Sequence[float], groups: Sequence | None = None, weights: Sequence[float] | None = None
+) -> tuple[float | None, float | None, float | None]:
     """(share, low, high) of a proportion, by Wilson's score interval.
 
+    hits: for each item whether it is one, or how much of one, from 0 to 1.
     groups: for each item what it belongs to; items of one group are not independent, so that the number of items is
     replaced by the one that would vary as much (of groups, where all hit or none does).
+    weights: what each item counts for; likewise.
     """
     n = len(hits)
     if n == 0:
         return None, None, None
-    value = sum(hits) / n
-    size = n if groups is None else _independent(np.asarray(hits, np.float64), value, groups)
+    if groups is None and weights is None:
+        value, size = sum(hits) / n, n
+    else:
+        ones = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+        whole = np.asarray(hits, np.float64) * ones
+        value = math.fsum(whole) / math.fsum(ones)
+        size = _independent(whole, ones, value, range(n) if groups is None else groups, weights is not None)
     z2 = NORMAL_95**2
     middle = (value + z2 / (2 * size)) / (1 + z2 / size)
     half = NORMAL_95 * math.sqrt(value * (1 - value) / size + z2 / (4 * size**2)) / (1 + z2 / size)
     return value, max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half))
 
 
-def _independent(hits: np.ndarray, value: float, groups: Sequence) -> float:
+def _independent(hits: np.ndarray, ones: np.ndarray, value: float, groups: Sequence, weighed: bool) -> float:
     """How many independent items vary as much as these do."""
-    tops, counts = _sums(hits, np.ones(len(hits)), groups)
+    tops, counts = _sums(hits, ones, groups)
     n, k = len(hits), len(counts)
-    if k == n or k == 1:
+    if k == 1 or (k == n and not weighed):
         return k
-    variance = k / (k - 1) * math.fsum((tops - value * counts) ** 2) / n**2
+    variance = k / (k - 1) * math.fsum((tops - value * counts) ** 2) / math.fsum(ones) ** 2
     if value in (0.0, 1.0) or variance == 0:
         return k
     return min(max(value * (1 - value) / variance, 1.0), n)
