@@ -11,7 +11,7 @@ from perceptio.data.recipe import parse_recipe
 from perceptio.data.record import GIVEN, upright_size
 from perceptio.data.sequence import IGNORED, build_sequence
 from perceptio.data.shards import write_shards
-from perceptio.data.sources.counterfactual import CLEAR, give_span, marked_points, read_counterfactual
+from perceptio.data.sources.counterfactual import CLEAR, give_span, main, marked_points, read_counterfactual
 from perceptio.data.tally import Tally
 from perceptio.hub.tiny_text import tiny_processor
 from perceptio.world.records import WorldOptions, scene_records
@@ -96,9 +96,29 @@ def test_nothing_of_a_given_span_is_learned(found):
 
 
 def test_a_map_that_does_not_tell_is_left_out(found, vqvae):
-    flat = [found[0]["depth_codes"][0]] * 100
-    points = {letter: [112, 112] for letter in marked_points(found[0])}
-    assert give_span(found[0], points, flat, vqvae, vqvae.codebook_hash()) is None
+    flat = torch.full((80, 80), 0.4)
+    assert give_span(found[0], [0] * 100, flat, vqvae.codebook_hash()) is None
+
+
+def test_labelled_scenes_are_not_encoded_again(shards, found, request, tmp_path, capsys, monkeypatch):
+    from perceptio.data import label
+    from perceptio.data.shards import read_shards
+
+    tokenizer = str(request.config.rootpath / "checkpoints" / "depth-tiny")
+    vqvae = load_vqvae(tokenizer)
+    rows = list(read_shards(shards))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    labelled = label.label_batch(columns, None, vqvae)
+    labelled.pop(label.PROBLEM)
+    write_shards((dict(zip(labelled, row, strict=True)) for row in zip(*labelled.values(), strict=True)),
+                 tmp_path / "labelled")  # fmt: skip
+    monkeypatch.setattr("perceptio.data.sources.counterfactual.encode_codes", None)
+    assert main([str(tmp_path / "labelled"), str(tmp_path / "given"), "--tokenizer", tokenizer]) == 0
+    assert f"wrote {len(found)} records" in capsys.readouterr().out
+    again = list(read_shards(tmp_path / "given"))
+    assert [(row["id"], row["depth_codes"]) for row in again] == [(row["id"], row["depth_codes"]) for row in found]
+    assert main([str(tmp_path / "absent"), str(tmp_path / "other"), "--tokenizer", tokenizer]) == 2
+    assert "perceptio: " in (told := capsys.readouterr().err) and "absent has no manifest.json" in told
 
 
 def test_a_recipe_may_name_it():

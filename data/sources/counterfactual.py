@@ -1,44 +1,69 @@
 """Closest-point questions whose depth span is given, and is another picture's: the answer is right for that map.
 
+    python -m perceptio.data.sources.counterfactual build/scenes build/given --tokenizer checkpoints/depth-tiny
+
 A model that reads the answer off the picture is wrong on these, one that reads its own depth span is right.  Nothing
 of the span is learned from them.
 """
 
+import argparse
 import json
+import sys
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from ...modeling_depth_vqvae import DepthVQVAE
+from ..card import write_card
 from ..depths import DepthError, decode_depth, nearness
 from ..label import encode_codes, load_vqvae
 from ..record import GIVEN, upright_size
-from ..shards import read_shards
+from ..shards import read_shards, write_shards
 from ..tally import Tally
 
 CLEAR = 0.08  # of relative inverse depth between the nearest point and the next
+DECODED = 64  # spans at a time
 
 
 def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "train") -> Iterator[dict]:
     """The closest-point records of a folder of the world's shards, each with the map of the record before it.
 
-    tokenizer: folder of the depth tokenizer, or of a Perceptio, that makes the codes.
+    tokenizer: folder of the depth tokenizer, or of a Perceptio, that makes the codes where a record has none of its.
     """
-    vqvae, codes = load_vqvae(tokenizer), None
+    vqvae = load_vqvae(tokenizer)
     codebook = vqvae.codebook_hash()
-    for record in read_shards(root, split):
-        points = marked_points(record)
-        if points and codes is not None:
-            changed = give_span(record, points, codes, vqvae, codebook)
+    asked = _with_codes(read_shards(root, split), vqvae, codebook)
+    while pairs := list(islice(asked, DECODED)):
+        maps = vqvae.decode_ids(torch.tensor([codes for _, codes in pairs]))
+        for (record, codes), depth in zip(pairs, maps, strict=True):
+            changed = give_span(record, codes, depth, codebook)
             if changed is None:
                 tally.drop("no point is plainly the nearest", record["id"])
             else:
                 tally.keep()
                 yield changed
+
+
+def _with_codes(records, vqvae: DepthVQVAE, codebook: str) -> Iterator[tuple[dict, list[int]]]:
+    """Each record with marked points, and the codes of the record before it."""
+    codes = None
+    for record in records:
+        if codes is not None and marked_points(record):
+            yield record, codes
         try:
-            codes = None if record["depth"] is None else encode_codes(decode_depth(record["depth"]["bytes"]), vqvae)
+            codes = _codes(record, vqvae, codebook)
         except DepthError:
             codes = None
+
+
+def _codes(record: dict, vqvae: DepthVQVAE, codebook: str) -> list[int] | None:
+    if record["depth_codes"] is not None and record["depth_codebook"] == codebook:
+        return list(record["depth_codes"])
+    return None if record["depth"] is None else encode_codes(decode_depth(record["depth"]["bytes"]), vqvae)
 
 
 def marked_points(record: dict) -> dict[str, list[int]] | None:
@@ -47,15 +72,13 @@ def marked_points(record: dict) -> dict[str, list[int]] | None:
     return next((question["points"] for question in asked if question.get("kind") == "points"), None)
 
 
-@torch.no_grad()
-def give_span(record: dict, points: dict, codes: list[int], vqvae: DepthVQVAE, codebook: str) -> dict | None:
-    """The record with these codes in its span and the answers that follow from them; None where they do not tell the
-    first.  Later questions that they do not tell are left out."""
-    depth = vqvae.decode_ids(torch.tensor([codes]))[0]
+def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str) -> dict | None:
+    """The record with these codes, which decode to `depth`, in its span, and the answers that follow from them; None
+    where they do not tell the first.  Later questions that they do not tell are left out."""
     width, height = upright_size(record["image"]["bytes"])
     near = {
         letter: depth[int(y * depth.shape[0] / height), int(x * depth.shape[1] / width)].item()
-        for letter, (x, y) in points.items()
+        for letter, (x, y) in marked_points(record).items()
     }
     extra = json.loads(record["extra"])
     answers = [told(question, near) for question in extra["questions"]]
@@ -80,3 +103,26 @@ def told(question: dict, near: dict[str, float]) -> str | None:
         return f"{nearness(near[letters[0]])}."
     first, second, *_ = sorted((near[letter] for letter in letters), reverse=True)
     return f"({max(letters, key=near.get)})" if first - second >= CLEAR else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenes", type=Path, help="folder of the world's shards")
+    parser.add_argument("out", type=Path, help="folder to write, as shards")
+    parser.add_argument("--tokenizer", required=True, help="folder of the depth tokenizer")
+    parser.add_argument("--split", default="train")
+    options = parser.parse_args(arguments)
+    tally = Tally("counterfactual")
+    try:
+        found = read_counterfactual(options.scenes, tally=tally, tokenizer=options.tokenizer, split=options.split)
+        write_shards(tqdm(found, unit=" records", disable=None), options.out, split=options.split, tally=tally)
+        write_card(options.out)
+    except (ValueError, OSError) as error:
+        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"wrote {tally.kept} records to {options.out}\n{tally}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
