@@ -118,6 +118,7 @@ class PerceptioSFTConfig(SFTConfig):
     max_bad_steps: int = field(default=5, metadata={"help": "steps in a row that are not finite before it stops"})
     sam_cache: str | None = field(default=None, metadata={"help": "folder for the features of SAM2's frozen encoder"})
     resume_anyway: bool = field(default=False, metadata={"help": "go on although the recipe has changed"})
+    answer_first: bool = field(default=False, metadata={"help": "perception behind the answer, for comparisons alone"})
     panels: int = field(default=4, metadata={"help": "pictures with their predictions at each evaluation"})
     # Other defaults than TRL's.
     learning_rate: float = field(default=4e-5, metadata={"help": "peak learning rate"})
@@ -198,6 +199,7 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
                 mask_points=args.mask_points,
                 on_error=args.on_error,
                 features=features,
+                answer_first=args.answer_first,
             )
         peft_config = prepare_training(model, args, peft_config)
         args.ddp_find_unused_parameters = False  # every process has the same graph, whatever its batch holds
@@ -354,7 +356,16 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
             "max_grad_norm",
             "seed",
         ]
-        names += ["full", "train_vision", "lora_r", "lora_alpha", "lora_dropout", "mask_points", "max_tiles"]
+        names += [
+            "full",
+            "train_vision",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "mask_points",
+            "max_tiles",
+            "answer_first",
+        ]
         facts = {name: getattr(self.args, name) for name in names} | self.args.loss_weights
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return {name: str(value) for name, value in facts.items()} | {

@@ -39,17 +39,18 @@ class TrainingSequence:
     inputs: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
-def render(record: dict, processor, codes: list[int] | None = None) -> str:
+def render(record: dict, processor, codes: list[int] | None = None, answer_first: bool = False) -> str:
     """The record as the text that `processor(text=…, images=…)` takes.
 
     Control tokens come from the record's masks and depth alone: those that stand in its texts stay text.
     codes: the depth codes, when the record itself carries none.
+    answer_first: perception comes behind the answer's words, as it is not meant to; for comparisons.
     """
     codes = record.get("depth_codes") if codes is None else codes
     messages, first = [], True
     for turn, message in enumerate(record["messages"]):
         if message["role"] == "assistant":
-            content = _answer(record, turn, processor, codes)
+            content = _answer(record, turn, processor, codes, answer_first)
         else:
             content = processor.escape_control_tokens(message["content"])
             if first and message["role"] == "user" and record["image"] is not None:
@@ -58,10 +59,12 @@ def render(record: dict, processor, codes: list[int] | None = None) -> str:
     return processor.apply_chat_template(messages, tokenize=False, sanitize_control_tokens=False)
 
 
-def _answer(record: dict, turn: int, processor, codes: list[int] | None) -> str:
+def _answer(record: dict, turn: int, processor, codes: list[int] | None, answer_first: bool) -> str:
     message = record["messages"][turn]
     mode, content = message["perception"] or "none", message["content"]
     offsets = [mask["offset"] for mask in record["masks"] if mask["turn"] == turn and mask["offset"] != OPENING]
+    if answer_first and offsets:
+        raise DataError(f"record {record['id']!r} has a [SEG] within its answer, which cannot come before perception")
     cuts = [0, *offsets, len(content)]
     pieces = [processor.escape_control_tokens(content[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
     opening = SEG_TOKEN if "seg" in mode else ""
@@ -77,12 +80,15 @@ def _answer(record: dict, turn: int, processor, codes: list[int] | None) -> str:
                 f"{processor.depth_grid_size**2}: label the data with the model's own depth tokenizer"
             )
         opening += DEPTH_START_TOKEN + "".join(map(depth_code_token, codes)) + DEPTH_END_TOKEN
-    return opening + SEG_TOKEN.join(pieces)
+    words = SEG_TOKEN.join(pieces)
+    return words + opening if answer_first else opening + words
 
 
-def build_sequence(record: dict, processor, codes: list[int] | None = None, **kwargs) -> TrainingSequence:
+def build_sequence(
+    record: dict, processor, codes: list[int] | None = None, answer_first: bool = False, **kwargs
+) -> TrainingSequence:
     """Tokenize one record; kwargs go to the processor."""
-    text = render(record, processor, codes)
+    text = render(record, processor, codes, answer_first)
     images = None if record["image"] is None else [record["image"]["bytes"]]
     inputs = dict(processor(images=images, text=[text], return_tensors="pt", **kwargs))
     ids = inputs.pop("input_ids")[0].tolist()

@@ -111,3 +111,18 @@ def test_a_mask_without_its_place_is_an_error(processor):
     wrong["messages"][3]["perception"] = "none"
     with pytest.raises(DataError, match="3 masks and its answers 2"):
         build_sequence(wrong, processor)
+
+
+def test_perception_may_come_behind_the_answer(processor):
+    """For comparisons: the same tokens in another order, and the words no longer see the span."""
+    own = record(masks=[record()["masks"][index] for index in (0, 2)])
+    plain, late = build_sequence(own, processor), build_sequence(own, processor, answer_first=True)
+    assert sorted(late.input_ids) == sorted(plain.input_ids) and late.input_ids != plain.input_ids
+    learned = processor.tokenizer.decode([label for label in late.labels if label != IGNORED])
+    codes = "".join(f"<d_{index % 5}>" for index in range(9))
+    words = "The [SEG] cup on the left, and <d_end> a pot."
+    assert learned == f"{words}[SEG]<d_start>{codes}<d_end><|im_end|>None.[SEG]<|im_end|>So.<|im_end|>"
+    assert [late.input_ids[at] for at in late.seg_positions] == [processor.seg_token_id] * 2
+    assert late.input_ids[late.depth_spans[0][0]] == processor.depth_start_token_id
+    with pytest.raises(DataError, match="within its answer"):
+        build_sequence(record(), processor, answer_first=True)

@@ -35,6 +35,7 @@ class PerceptioCollator:
     max_length: a longer sequence is refused, never cut.  max_tiles: of one picture; the processor's own by default.
     on_error: "stop" raises where a record cannot be used; "skip" leaves it out and says so in `skipped`.
     features: SAM2's features of pictures, in place of the pictures.
+    answer_first: perception behind the answer, for comparisons.
 
     Besides what the model takes, a batch has `sample_ids` and `skipped`, which the trainer takes out.
     """
@@ -50,11 +51,13 @@ class PerceptioCollator:
         mask_points: int = 12544,
         on_error: str = "stop",
         features: FeatureCache | None = None,
+        answer_first: bool = False,
     ):
         if on_error not in ("stop", "skip"):
             raise ValueError(f'`on_error` is {on_error!r}, expected "stop" or "skip"')
         self.processor, self.config, self.depth_model = processor, config, depth_model
         self.max_length, self.mask_points, self.on_error, self.features = max_length, mask_points, on_error, features
+        self.answer_first = answer_first
         self.images_kwargs = {} if max_tiles is None else {"max_patches": max_tiles}
 
     def __call__(self, records: list[dict]) -> dict:
@@ -78,7 +81,7 @@ class PerceptioCollator:
         picture = None if record["image"] is None else load_picture(record["image"]["bytes"])
         codes = self._codes(record)
         shown = record if picture is None else {**record, "image": {"bytes": picture}}
-        sequence = build_sequence(shown, self.processor, codes, images_kwargs=self.images_kwargs)
+        sequence = build_sequence(shown, self.processor, codes, self.answer_first, images_kwargs=self.images_kwargs)
         self._check_length(record, sequence)
         sample = {"id": str(record["id"]), "sequence": sequence, "masks": [], "depth": None, "sam": None}
         if record["masks"]:
