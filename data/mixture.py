@@ -82,7 +82,7 @@ class Epoch(Sequence):
         source = self.source[place]
         entry = self.mixture.recipe.sources[source]
         record = self.mixture.tables[source][int(self.row[place])]
-        return with_perception(record, entry.perception) if entry.perception else record
+        return as_told(record, entry)
 
     def part(self, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[dict]:
         """The records of one of `world` readers, after the first `start` places of all of them."""
@@ -124,6 +124,26 @@ def _shuffled(blocks: list[tuple[int, int]], draw: np.random.Generator) -> np.nd
     mixed = [np.arange(*blocks[index]) for index in draw.permutation(len(blocks))]
     windows = (mixed[start : start + WINDOW] for start in range(0, len(mixed), WINDOW))
     return np.concatenate([draw.permutation(np.concatenate(window)) for window in windows])
+
+
+def as_told(record: dict, entry) -> dict:
+    """The record as the entry of a recipe wants its answers to open."""
+    record = with_perception(record, entry.perception) if entry.perception else record
+    return without_perception(record, entry.without) if entry.without else record
+
+
+def without_perception(record: dict, mode: str) -> dict:
+    """The record whose answers leave out the mask, the depth span, or both."""
+    left_out = set(mode.split("+"))
+    messages = []
+    for message in record["messages"]:
+        if message["role"] == "assistant":
+            kept = [part for part in (message["perception"] or "none").split("+") if part not in left_out]
+            message = {**message, "perception": "+".join(kept) or "none"}
+        messages.append(message)
+    depth = {"depth": None, "depth_codes": None, "depth_codebook": None} if "depth" in left_out else {}
+    masks = [] if "seg" in left_out else record["masks"]
+    return {**record, "messages": messages, "masks": masks, **depth}
 
 
 def with_perception(record: dict, mode: str) -> dict:

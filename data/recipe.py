@@ -10,6 +10,7 @@
         repeats: 4                # or `weight`, and then for every source, with `rows_per_epoch` for all
         take: 1000                # only the first
         perception: seg           # every answer opens so, whatever the source says
+        without: depth            # no answer has it: seg, depth or seg+depth
         share_by_epoch: [1.0, 0.5, 0.1]   # of its repeats or weight; the last holds from there on
         options: {dataset: refcoco}       # further arguments of the reader
 
@@ -53,6 +54,7 @@ class Source:
     weight: float = 1.0
     take: int | None = None
     perception: str | None = None
+    without: str | None = None
     share_by_epoch: tuple[float, ...] = (1.0,)
     options: dict = field(default_factory=dict)
 
@@ -147,6 +149,7 @@ def _are_shares(value) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_number(share) and share >= 0 for share in value)
 
 
+SEEING_MODES = [mode for mode in PERCEPTION_MODES if mode != "none"]
 RECIPE_CHECKS = {
     "sources": (lambda value: isinstance(value, list) and bool(value), "a list of sources"),
     "seed": (lambda value: _is_whole(value, 0), "a whole number of at least 0"),
@@ -162,6 +165,7 @@ SOURCE_CHECKS = {
     "weight": (lambda value: _is_number(value, 0), "a number above 0"),
     "take": (lambda value: _is_whole(value, 1), "a whole number of at least 1"),
     "perception": (lambda value: value in list(PERCEPTION_MODES), "one of " + ", ".join(PERCEPTION_MODES)),
+    "without": (lambda value: value in SEEING_MODES, "one of " + ", ".join(SEEING_MODES)),
     "share_by_epoch": (_are_shares, "a list of numbers of at least 0"),
     "options": (lambda value: isinstance(value, dict), "keys and values"),
 }

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from perceptio.data.masks import encode_mask
-from perceptio.data.mixture import Mixture, RecordTable, apportion, with_perception
+from perceptio.data.mixture import Mixture, RecordTable, apportion, with_perception, without_perception
 from perceptio.data.recipe import describe, load_reader, mix, open_recipe, parse_recipe, read_recipe
 from perceptio.data.record import DataError, assistant, make_record, user
 from perceptio.data.row_groups import Group
@@ -155,7 +155,7 @@ def test_all_that_is_wrong_with_a_recipe_is_said_at_once():
                         "options": {"image": "y", "text_only": 1},
                         "take": 0,
                     },
-                    {"reader": "shards", "name": "a", "weight": 2, "perception": "segmentation"},
+                    {"reader": "shards", "name": "a", "weight": 2, "perception": "segmentation", "without": "none"},
                     "llava",
                 ],
             },
@@ -173,6 +173,7 @@ def test_all_that_is_wrong_with_a_recipe_is_said_at_once():
         "sources[2].path",
         "sources[2].weight",
         "sources[2].perception",
+        "sources[2].without",
         "sources[2].name",
         "sources[3]",
     }
@@ -243,6 +244,24 @@ def test_a_mode_of_the_recipe_replaces_that_of_the_records():
         with_perception(record(1, "a"), "seg+depth")
     with pytest.raises(DataError, match="field `masks`: none in a/1"):
         with_perception(record(1, "a", "none"), "seg")
+
+
+def test_a_recipe_may_leave_parts_of_perception_out():
+    """Of the records' own modes: a later turn without a depth span does not get one."""
+    coded = {**record(1, "a", "seg+depth"), "depth_codes": [1, 2, 3, 4], "depth_codebook": "0" * 8}
+    later = [*coded["messages"], user("And now?"), assistant("There.", "seg")]
+    masks = [*coded["masks"], {**coded["masks"][0], "turn": 3}]
+    coded = {**coded, "messages": later, "masks": masks}
+
+    def modes(found):
+        return [message["perception"] for message in found["messages"][1::2]]
+
+    no_depth, no_mask, nothing = (without_perception(coded, mode) for mode in ("depth", "seg", "seg+depth"))
+    assert modes(no_depth) == ["seg", "seg"] and no_depth["depth_codes"] is None and no_depth["masks"] == masks
+    assert modes(no_mask) == ["depth", "none"] and no_mask["masks"] == [] and no_mask["depth_codes"] == [1, 2, 3, 4]
+    assert modes(nothing) == ["none", "none"] and nothing["masks"] == [] and nothing["depth_codes"] is None
+    assert not [problem for found in (no_depth, no_mask, nothing) for problem in check_record(found)]
+    assert modes(coded) == ["seg+depth", "seg"]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, Image, IterableDataset
 
-from ..data.mixture import Mixture, with_perception
+from ..data.mixture import Mixture, as_told
 from ..data.recipe import Recipe, Source, open_recipe, read_recipe
 from ..data.record import COLUMNS, DataError, upright_size
 from ..data.sequence import render
@@ -80,7 +80,7 @@ class _TableReader:
 
     def __call__(self, source: int, row: int) -> dict:
         record, entry = self.mixture.tables[source][row], self.mixture.recipe.sources[source]
-        return with_perception(record, entry.perception) if entry.perception else record
+        return as_told(record, entry)
 
 
 def _with_records(places: list[tuple[int, int]], read) -> Dataset:
