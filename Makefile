@@ -4,11 +4,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+MINUTES ?= 8.5
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: help demo test check bench depth tiny gpu clean
+.PHONY: help demo test check bench depth tiny ablations gpu clean
 
 help:
 	@echo "make demo    install, and ask a question about a picture (with an untrained model until one is trained)"
@@ -17,7 +18,8 @@ help:
 	@echo "make depth   train the depth tokenizer on rendered scenes, measure and freeze it (about an hour on two cores)"
 	@echo "make tiny    train perceptio-tiny from scratch: teachers, scenes, fine-tuning; goes on where it was stopped"
 	@echo "make bench   run every benchmark under bench/, results in bench/results/"
-	@echo "make gpu     what only a CUDA device can show, in resumable chunks"
+	@echo "make ablations   train perceptio-tiny without each of its parts, and ask it with other depth codes"
+	@echo "make gpu     perceptio-tiny and the 8B size on a CUDA device, MINUTES (8.5) at a time; run again to go on"
 
 $(INSTALLED): setup.cfg pyproject.toml
 	@echo "[1/3] virtual environment in $(VENV)"
@@ -54,13 +56,13 @@ depth: $(INSTALLED)
 	$(BIN)/python -m perceptio.vqvae.export build/depth-tiny checkpoints/depth-tiny --maps build/depth-tiny/maps/test
 
 tiny: $(INSTALLED)
-	$(BIN)/python -m perceptio.teachers.sam --config recipes/teachers/sam-tiny.yaml
-	$(BIN)/python -m perceptio.teachers.vision --config recipes/teachers/vision-tiny.yaml
-	@test -f build/tiny/base/manifest.json || $(BIN)/python -m perceptio.hub.small build/tiny/base --sam build/sam-tiny/model --vision build/vision-tiny/model
-	@test -f build/scenes/manifest.json || $(BIN)/perceptio world build build/scenes --scenes 60000 --points 1 --point-turns 5
-	$(BIN)/python train_sft.py --config recipes/perceptio-tiny.yaml --resume
+	$(BIN)/python -m perceptio.hub.train_tiny
+
+ablations: $(INSTALLED)
+	$(BIN)/python bench/ablations.py --config recipes/ablations.yaml --tokens checkpoints/perceptio-tiny
 
 gpu: $(INSTALLED)
+	$(BIN)/python -m perceptio.hub.train_tiny --minutes $(MINUTES)
 	$(BIN)/python bench/gpu.py
 
 clean:

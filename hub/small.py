@@ -1,6 +1,6 @@
 """perceptio-tiny before its training: a real InternVL, SAM2 and depth tokenizer, small enough for a laptop.
 
-    python -m perceptio.hub.small build/tiny/base --sam build/sam-tiny/model --vision build/vision-tiny/model
+    python -m perceptio.hub.small build/tiny/base --sam build/tiny/sam/model --vision build/tiny/vision/model
 
 The language model is new.  The tokenizer is a byte-level BPE of the rendered world's own texts,
 of the class that real InternVL folders have: it writes any text, and the world's in few tokens.

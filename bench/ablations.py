@@ -1,0 +1,200 @@
+"""What every part of Perceptio brings: the same run without it, and answers after depth codes that are not its own.
+
+    python bench/ablations.py --config recipes/ablations.yaml --out build/ablations
+    python bench/ablations.py --tokens checkpoints/perceptio-tiny --data build/held-out --out build/ablations
+
+The first trains and measures every variant of the configuration with every seed, the second asks a trained model the
+closest-point questions with its own codes, with random and constant ones, those of another picture, and those of the
+true depth.  What is done is not done again.  Both write bench/results/ablations.json and draw ablations.svg beside it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from perceptio.data.manifest import write_json
+from perceptio.evaluation import CODES
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "ablations.json"
+CLOSEST = ("points3", "points4", "points5", "lure")
+# What the paper and public work report for the same changes, in points of HardBLINK's mean.
+PUBLISHED = {"no depth span": "−25.8 (Perceptio-8B)"}
+PUBLISHED_CODES = {
+    "random": "−8.9 (LLaVA-13B), −19.9 (Qwen2.5-VL-3B)",
+    "constant": "−4.0 (LLaVA-13B), −12.4 (Qwen2.5-VL-3B)",
+    "oracle": "+1.1 (LLaVA-13B), +9.4 (Qwen2.5-VL-3B)",
+}
+
+
+def run(*words) -> None:
+    command = [sys.executable, *map(str, words)]
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def train(name: str, changes: dict, seed: int, config: dict, out: Path) -> Path:
+    """The folder of the trained model.  changes: arguments of train_sft.py, and `without` for its data."""
+    folder = out / f"{name.replace(' ', '-')}-{seed}"
+    if (folder / "run" / "model" / "manifest.json").is_file():
+        return folder / "run" / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = dict(changes)
+    without, data = changes.pop("without", None), Path(config["train"]["data"])
+    if without is not None:
+        recipe = yaml.safe_load((ROOT / data).read_text("utf-8"))
+        # Spans that are given teach to read spans: without spans there is nothing to give.
+        kept = [source for source in recipe["sources"] if "depth" not in without or source["name"] != "given"]
+        recipe |= {"sources": [{**source, "without": without} for source in kept], "root": str(ROOT / recipe["root"])}
+        data = folder / "data.yaml"
+        data.write_text(yaml.safe_dump(recipe), "utf-8")
+    arguments = {**config["train"], **changes, "data": str(data), "seed": seed, "output_dir": str(folder / "run")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(arguments), "utf-8")
+    run("train_sft.py", "--config", folder / "run.yaml", "--resume")
+    return folder / "run" / "model"
+
+
+def measure(model: Path, data: str, splits: list[str], limit: int | None, out: Path, *options: str) -> dict:
+    """Split → figure → value and number of questions."""
+    found = {}
+    for split in splits:
+        words = ["--model", model, "--data", data, "--split", split, "--out", out / split, "--batch-size", "32"]
+        words += [] if limit is None else ["--limit", limit]
+        if not (out / split / "results.json").is_file():
+            run("-m", "perceptio", "eval", "world", *words, *options)
+        figures = json.loads((out / split / "results.json").read_text("utf-8"))["figures"]
+        found[split] = {
+            figure["name"].removeprefix(f"{split}: "): {"value": figure["value"], "n": figure["n"]}
+            for figure in figures
+        }
+    return found
+
+
+def closest(splits: dict) -> float | None:
+    """The mean share of closest points that were found, over the splits that ask for them."""
+    found = [splits[name]["closest point"]["value"] for name in CLOSEST if name in splits]
+    return statistics.fmean(found) if found else None
+
+
+def ablate(config: dict, out: Path, results: dict) -> None:
+    wanted = [(name, seed) for seed in config["seeds"] for name in config["variants"]]
+    if results.get("settings") != config:
+        results |= {"settings": config, "variants": {}}
+    for name, seed in wanted:
+        rows = results["variants"].setdefault(name, {})
+        if str(seed) in rows:
+            continue
+        variant = dict(config["variants"][name] or {})
+        options = variant.pop("eval", [])
+        model = train(name, variant, seed, config, out)
+        ev = config["eval"]
+        rows[str(seed)] = measure(model, ev["data"], ev["splits"], ev["limit"], model.parent.parent / "eval", *options)
+        write_json(RESULTS, results)
+
+
+def replace_codes(model: Path, data: str, limit: int | None, out: Path, results: dict) -> None:
+    manifest = json.loads((model / "manifest.json").read_text("utf-8"))
+    results["codes"] = {"model": model.name, "files": manifest["files"], "limit": limit, "with": {}}
+    for codes in CODES:
+        folder = out / "codes" / codes
+        results["codes"]["with"][codes] = measure(model, data, list(CLOSEST), limit, folder, "--depth-codes", codes)
+        write_json(RESULTS, results)
+
+
+# What people look at
+
+
+def table(results: dict) -> str:
+    """Markdown."""
+    lines = ["| | closest point | against all | seeds | published |", "|---|---|---|---|---|"]
+    whole = _values(results, "all")
+    for name in results.get("variants", {}):
+        values = _values(results, name)
+        change = "" if name == "all" or not whole else f"{statistics.fmean(values) - statistics.fmean(whole):+.1f}"
+        lines.append(f"| {name} | {_spread(values)} | {change} | {len(values)} | {PUBLISHED.get(name, '')} |")
+    if "codes" in results:
+        lines += ["", "| codes in the span | closest point | against its own | published |", "|---|---|---|---|"]
+        own = 100 * closest(results["codes"]["with"]["own"])
+        for codes, splits in results["codes"]["with"].items():
+            value = 100 * closest(splits)
+            change = "" if codes == "own" else f"{value - own:+.1f}"
+            lines.append(f"| {codes} | {value:.1f} | {change} | {PUBLISHED_CODES.get(codes, '')} |")
+    return "\n".join(lines)
+
+
+def _values(results: dict, name: str) -> list[float]:
+    found = (closest(splits) for splits in results.get("variants", {}).get(name, {}).values())
+    return [100 * value for value in found if value is not None]
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+def plot(results: dict) -> str:
+    """SVG: a row for each variant and for each kind of codes, a dot for each seed, a bar at the mean."""
+    groups = [
+        ("trained without a part", {name: _values(results, name) for name in results.get("variants", {})}),
+        ("trained whole, other codes in the span",
+         {codes: [100 * closest(splits)] for codes, splits in results.get("codes", {}).get("with", {}).items()}),
+    ]  # fmt: skip
+    left, width, row, top = 200, 420, 26, 34
+    parts, y = [], top
+    for title, rows in groups:
+        if not rows:
+            continue
+        parts.append(f'<text x="16" y="{y}" class="title">{title}</text>')
+        for name, values in rows.items():
+            y += row
+            parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{name}</text>')
+            parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" class="rule"/>')
+            dots = [left + width * value / 100 for value in values]
+            mean = statistics.fmean(dots)
+            parts.append(f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 8}" y2="{y + 8}" class="mean"/>')
+            parts += [f'<circle cx="{x:.1f}" cy="{y}" r="3.5"/>' for x in dots]
+            parts.append(f'<text x="{left + width + 12}" y="{y + 4}">{statistics.fmean(values):.1f}%</text>')
+        y += 2 * row
+    parts += [
+        f'<text x="{left + width * share / 100}" y="{y - row}" text-anchor="middle" class="soft">{share}%</text>'
+        for share in (0, 25, 50, 75, 100)
+    ]
+    style = (
+        "text{font:13px system-ui,sans-serif;fill:#1c1e22}.title{font-weight:600}.soft{fill:#60646c}"
+        ".rule{stroke:#d4d4ce}.mean{stroke:#e63c00;stroke-width:2.5}circle{fill:#009ee1;fill-opacity:.75}"
+    )
+    size = f'width="{left + width + 80}" height="{y}" viewBox="0 0 {left + width + 80} {y}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="#fafaf8"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="variants to train, as recipes/ablations.yaml")
+    parser.add_argument("--tokens", type=Path, metavar="DIR", help="trained model whose codes are replaced")
+    parser.add_argument("--data", default="build/held-out", help="scenes that --tokens asks about")
+    parser.add_argument("--limit", type=int, default=300, help="questions of a split that --tokens asks")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "ablations")
+    options = parser.parse_args()
+    if options.config is None and options.tokens is None:
+        parser.error("name --config, --tokens, or both")
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
+    out = options.out.resolve()
+    if options.tokens is not None:
+        replace_codes(options.tokens.resolve(), str(Path(options.data).resolve()), options.limit, out, results)
+    if options.config is not None:
+        ablate(yaml.safe_load(options.config.read_text("utf-8")), out, results)
+    RESULTS.with_suffix(".svg").write_text(plot(results), "utf-8")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

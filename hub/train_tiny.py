@@ -1,0 +1,110 @@
+"""perceptio-tiny from nothing, in any number of parts: its teachers, its scenes, its fine-tuning, its figures.
+
+    python -m perceptio.hub.train_tiny                    # until it is done
+    python -m perceptio.hub.train_tiny --minutes 9        # stop in time; run again to go on
+
+Every stage is a command of its own, printed as it is run; one that is done is not run again, one that was stopped goes
+on from its newest checkpoint.  Exit codes: 0 done, 75 stopped with more to do, else that of the stage that failed.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.manifest import read_manifest
+
+OUT = Path("build/tiny")
+SCENES = 40_000
+HELD_OUT = {"test": 400, "points3": 400, "points4": 400, "points5": 400, "lure": 400, "refer": 400, "absent": 400}
+MORE_TO_DO = 75
+PATIENCE = 100  # seconds for a stage to write down where it is
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    words: tuple[str, ...]
+    done: Callable[[], bool]
+
+
+def stages(python: str = sys.executable) -> list[Stage]:
+    def stage(name: str, file: Path, *words) -> Stage:
+        """One that leaves a file behind."""
+        return Stage(name, (python, *map(str, words)), file.is_file)
+
+    def scenes(folder: Path, split: str, count: int, *words) -> Stage:
+        build = ("-m", "perceptio", "world", "build", folder, "--split", split, "--scenes", count, *words)
+        return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
+
+    recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
+    sam, vision, base = (OUT / name for name in ("sam", "vision", "base"))
+    return [
+        stage("segmenter", sam / "model/evaluation.json",
+              "-m", "perceptio.teachers.sam", "--config", recipes / "teachers/sam-tiny.yaml"),
+        stage("vision tower", vision / "model/evaluation.json",
+              "-m", "perceptio.teachers.vision", "--config", recipes / "teachers/vision-tiny.yaml"),
+        stage("base", base / "manifest.json",
+              "-m", "perceptio.hub.small", base, "--sam", sam / "model", "--vision", vision / "model",
+              "--depth", depth),
+        scenes(OUT / "rendered", "train", SCENES, "--turns", 4, "--points", 1, "--point-turns", 5),
+        stage("codes", OUT / "scenes/manifest.json",
+              "-m", "perceptio", "label", "--images", OUT / "rendered", "--out", OUT / "scenes", "--vqvae", depth,
+              "--teacher", "none", "--workers", os.cpu_count() or 1),
+        stage("given spans", OUT / "given/manifest.json",
+              "-m", "perceptio.data.sources.counterfactual", OUT / "scenes", OUT / "given", "--tokenizer", depth),
+        *(scenes(OUT / "held-out", split, count) for split, count in HELD_OUT.items()),
+        stage("fine-tuning", OUT / "run/model/manifest.json",
+              "train_sft.py", "--config", recipes / "perceptio-tiny.yaml", "--resume"),
+        stage("figures", OUT / "eval/results.json",
+              "-m", "perceptio", "eval", "world", "--model", OUT / "run/model", "--data", OUT / "held-out",
+              "--out", OUT / "eval", "--batch-size", 32),
+    ]  # fmt: skip
+
+
+def _has_split(folder: Path, split: str) -> bool:
+    return (folder / "manifest.json").is_file() and split in read_manifest(folder)["splits"]
+
+
+def run(stage: Stage, seconds: float | None) -> int:
+    """The exit code of the stage; 75 where the time was too short."""
+    print(f"== {stage.name}\n$ {' '.join(stage.words)}", flush=True)
+    process = subprocess.Popen(stage.words)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return MORE_TO_DO
+    return code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, help="stop after so long, to go on with the same command")
+    options = parser.parse_args(arguments)
+    end = None if options.minutes is None else time.monotonic() + 60 * options.minutes - PATIENCE / 2
+    for stage in stages():
+        if stage.done():
+            continue
+        left = None if end is None else end - time.monotonic()
+        if left is not None and left < 1:
+            return MORE_TO_DO
+        code = run(stage, left)
+        if code:
+            return code
+    print(f"done: {OUT / 'run/model'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

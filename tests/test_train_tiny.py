@@ -1,0 +1,90 @@
+"""The stages of perceptio-tiny: in order, each once, stopped in time and gone on with."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import TrlParser
+
+from perceptio.cli import build_parser
+from perceptio.data.recipe import read_recipe
+from perceptio.hub import train_tiny
+from perceptio.hub.train_tiny import MORE_TO_DO, Stage, main, stages
+from perceptio.teachers.sam import SamTrainingConfig
+from perceptio.teachers.vision import VisionTrainingConfig
+
+COUNT = "import sys; open(sys.argv[1], 'a').write('x')"
+# Counts up to 3, one a start; a SIGTERM ends it as it ends a training.
+SLOW = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+path = pathlib.Path(sys.argv[1])
+steps = len(path.read_text()) if path.exists() else 0
+path.write_text("x" * (steps + 1))
+if steps < 2:
+    time.sleep(60)
+"""
+
+
+def stage(name: str, script: str, file: Path, size: int = 1) -> Stage:
+    def done() -> bool:
+        return file.exists() and len(file.read_text()) >= size
+
+    return Stage(name, (sys.executable, "-c", script, str(file)), done)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capfd):
+    first, second = (stage(name, COUNT, tmp_path / name) for name in ("first", "second"))
+    monkeypatch.setattr(train_tiny, "stages", lambda: [first, second])
+    (tmp_path / "first").write_text("before")
+    assert main([]) == 0 == main([])
+    assert (tmp_path / "first").read_text() == "before" and (tmp_path / "second").read_text() == "x"
+    assert "== second" in (said := capfd.readouterr().out) and "== first" not in said
+
+
+def test_a_stage_that_fails_ends_the_run(tmp_path, monkeypatch):
+    bad = Stage("bad", (sys.executable, "-c", "import sys; sys.exit(3)"), lambda: False)
+    monkeypatch.setattr(train_tiny, "stages", lambda: [bad, stage("after", COUNT, tmp_path / "after")])
+    assert main([]) == 3 and not (tmp_path / "after").exists()
+
+
+def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch):
+    slow, after = stage("slow", SLOW, tmp_path / "slow", 3), stage("after", COUNT, tmp_path / "after")
+    monkeypatch.setattr(train_tiny, "stages", lambda: [slow, after])
+    monkeypatch.setattr(train_tiny, "PATIENCE", 10)
+    for count in (1, 2):
+        assert main(["--minutes", str((5 + 4) / 60)]) == MORE_TO_DO
+        assert len((tmp_path / "slow").read_text()) == count and not (tmp_path / "after").exists()
+    assert main(["--minutes", "1"]) == 0
+    assert (tmp_path / "after").read_text() == "x"
+
+
+def test_every_stage_is_a_command_that_there_is(request, monkeypatch):
+    """Each one's own parser takes its words, and what one stage leaves is what a later one reads."""
+    root = request.config.rootpath
+    monkeypatch.chdir(root)
+    for entry in stages():
+        words = list(entry.words[1:])
+        if words[:2] == ["-m", "perceptio"]:
+            build_parser().parse_args(words[2:])
+        elif words[0] == "-m" and words[1].startswith("perceptio.teachers"):
+            kind = SamTrainingConfig if words[1].endswith("sam") else VisionTrainingConfig
+            (config,) = TrlParser((kind,)).parse_args_and_config(words[2:])
+            assert Path(config.output_dir, "model", "evaluation.json") in reads(entry)
+    tuned = yaml.safe_load((root / "recipes" / "perceptio-tiny.yaml").read_text())
+    recipe = read_recipe(root / tuned["data"])
+    assert tuned["model"] == str(train_tiny.OUT / "base") and tuned["output_dir"] == str(train_tiny.OUT / "run")
+    written = {word for entry in stages() for word in entry.words}
+    assert {str(Path(recipe.root) / source.path) for source in recipe.sources} <= written
+
+
+def reads(entry: Stage) -> list[Path]:
+    """The file that a stage which leaves one behind looks for."""
+    return [entry.done.__self__] if hasattr(entry.done, "__self__") else []
+
+
+def test_its_arguments_are_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--minutes" in capsys.readouterr().out
