@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -464,3 +465,18 @@ def test_a_perception_without_what_is_measured_is_refused(scenes, tmp_path, caps
     arguments = ["eval", "depth", "--data", str(scenes), "--out", str(tmp_path / "out"), "--perception", "seg"]
     assert main(arguments) == 2
     assert "`--perception` is seg, but depth is about depth" in capsys.readouterr().err
+
+
+def test_the_guide_names_every_benchmark_and_its_splits(request):
+    """Where a row names fewer splits it says "or a subtask" or "or one"."""
+    from perceptio.evaluation import BENCHMARKS
+    from perceptio.evaluation.benchmark import open_benchmark
+
+    guide = (request.config.rootpath / "docs" / "evaluation.md").read_text("utf-8")
+    rows = [line.split("|")[1:3] for line in guide.splitlines() if line.startswith("| `")]
+    told = {name: splits.strip() for names, splits in rows for name in re.findall(r"`([^`]+)`", names)}
+    assert set(BENCHMARKS) <= set(told)
+    for name in BENCHMARKS:
+        splits = open_benchmark(name).splits
+        parts = re.split(r", (?:or )?", told[name])
+        assert parts[0] == splits[0] and (tuple(parts) == splits or parts[-1] in ("a subtask", "one")), (name, splits)
