@@ -22,7 +22,7 @@ from trl import TrlParser
 from ..data.manifest import write_json
 from ..training.checkpoints import EXIT_CODES
 from ..training.guard import NoMemory
-from ..world.marks import LETTERS, draw_points
+from ..world.marks import LETTERS, draw_points, drawn_larger
 from ..world.shapes import NOUNS
 from ..world.surfaces import COLOURS, PATTERNS
 from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, scene_sets
@@ -84,7 +84,7 @@ def draw_cells(scene: dict[str, Tensor], args: VisionTrainingConfig, rng) -> dic
         shown = int(rng.integers(min(2, len(there)), len(there) + 1))
         chosen = [there[place] for place in rng.permutation(len(there))[:shown]]
         letters = "".join(rng.permutation(list(LETTERS))[:shown])
-        image = torch.from_numpy(draw_points(image.numpy(), chosen, letters).copy())
+        image = torch.from_numpy(draw_points(image.numpy(), chosen, letters, drawn_larger(rng)).copy())
         for (x, y), letter in zip(chosen, letters, strict=True):
             point[y // cell, x // cell] = 1 + LETTERS.index(letter)
     light = torch.from_numpy(rng.uniform(0.85, 1.15, 3)).float() * float(rng.uniform(0.8, 1.2))

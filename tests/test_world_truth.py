@@ -104,10 +104,10 @@ def points_fault(truth, question, count: int, lure) -> str:
         return "the nearest is the lowest"
     for px, py in zip(x, y, strict=True):
         around = question.image[py - 4 : py + 5, px - 4 : px + 5].astype(int)
-        if ((around[..., 0] > 200) & (around[..., 1] < 60)).sum() < 6:
+        if ((around[..., 0] > 150) & (around[..., 1:].max(-1) < 90)).sum() < 6:
             return f"no ring around {px}, {py}"
         above = question.image[max(0, py - 22) : py - 4, max(0, px - 8) : px + 9].max(-1)
-        if (above < 12).sum() < 25 or not (above > 120).any():
+        if (above < 45).sum() < 20 or np.ptp(above) < 80:
             return f"no letter above {px}, {py}"
     return ""
 

@@ -19,6 +19,12 @@ EDGE = 10 / SIDE
 FLAT = 0.04  # change of depth allowed within the ring
 LOWER = 0.05  # of the height, between the nearest point and one that is plainly lower
 CANDIDATES, TRIES = 300, 24
+LARGEST = 2.0  # how many times as large a picture may have been when it was marked
+
+
+def drawn_larger(rng) -> float:
+    """1 for half of the pictures."""
+    return 1.0 if rng.random() < 0.5 else float(rng.uniform(1, LARGEST))
 
 
 def choose_points(rng, inverse: np.ndarray, depth: np.ndarray, count: int, lure: bool | None = None) -> list | None:
@@ -58,9 +64,18 @@ def choose_points(rng, inverse: np.ndarray, depth: np.ndarray, count: int, lure:
     return None
 
 
-def draw_points(image: np.ndarray, points: list[tuple[int, int]], letters: str) -> np.ndarray:
-    """A copy of uint8[H, W, 3] with each point marked by its letter."""
+def draw_points(image: np.ndarray, points: list[tuple[int, int]], letters: str, larger: float = 1.0) -> np.ndarray:
+    """A copy of uint8[H, W, 3] with each point marked by its letter.
+
+    larger: the marks are drawn in a picture so many times as large, which is then made smaller again, as happens to
+    pictures that were marked by others.
+    """
     picture = Image.fromarray(image)
+    if larger > 1:
+        size = (round(larger * picture.width), round(larger * picture.height))
+        moved = [(round(larger * x), round(larger * y)) for x, y in points]
+        drawn = draw_points(np.asarray(picture.resize(size, Image.Resampling.BICUBIC)), moved, letters)
+        return np.asarray(Image.fromarray(drawn).resize(picture.size, Image.Resampling.BICUBIC))
     draw = ImageDraw.Draw(picture)
     scale = picture.width / SIDE
     font = ImageFont.load_default(LETTER * scale)

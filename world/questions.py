@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.depths import encode_depth, nearness
 from . import phrases
-from .marks import LETTERS, NEAR, PAIR, QUESTION, choose_points, discs, draw_points
+from .marks import LETTERS, NEAR, PAIR, QUESTION, choose_points, discs, draw_points, drawn_larger
 from .phrases import APART, by_attributes, by_neighbour, by_place, in_front, may_fit, plural, same_kind, with_article
 from .scene import Scene
 from .shapes import NOUNS
@@ -71,7 +71,7 @@ class Asker:
         if places is None:
             return None
         letters = "".join(self.rng.permutation(list(LETTERS[:count])))
-        image = draw_points(self.scene.rendering.image, places, letters)
+        image = draw_points(self.scene.rendering.image, places, letters, drawn_larger(self.rng))
         extra = {
             "points": {
                 letter: place for place, letter in sorted(zip(places, letters, strict=True), key=lambda p: p[1])

@@ -1,0 +1,180 @@
+"""Freeze perceptio-tiny: the folder that comes with the package, in half precision and small shards.
+
+    python -m perceptio.hub.release build/tiny checkpoints/perceptio-tiny
+
+Beside the model: the log of its fine-tuning (`log.jsonl`, `curve.svg`), its figures on held-out scenes and those of
+its teachers (`evaluation.json`), the recipe that it was made by, and a card that is written from these.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from ..data.manifest import write_json
+from ..modeling_perceptio import PerceptioForConditionalGeneration
+from ..processing_perceptio import PerceptioProcessor
+from ..training.checkpoints import STATE, checkpoints
+from .assemble import KEPT_FLOAT32
+from .manifest import write_manifest
+from .weights import write_shards
+
+LOG, CURVE, EVALUATION, RECIPE = "log.jsonl", "curve.svg", "evaluation.json", "recipe.yaml"
+TEACHERS = {"segmenter": "sam/model/evaluation.json", "vision tower": "vision/model/evaluation.json"}
+SHARD = "15MB"
+CURVES = {"code_accuracy": "depth codes", "answer_accuracy": "whole answers", "mask_iou": "masks (mean IoU)"}
+COLOURS = ("#e63c00", "#009ee1", "#00af82")
+
+
+def release(run: Path, folder: Path, recipe: Path) -> Path:
+    """Write the folder from that of `perceptio.hub.train_tiny`; one that is there is replaced at the end."""
+    source = run / "run" / "model"
+    log = json.loads((checkpoints(run / "run")[-1] / STATE).read_text("utf-8"))["log_history"]
+    results = json.loads((run / "eval" / "results.json").read_text("utf-8"))
+    facts = {
+        "figures": results["figures"],
+        "settings": results["settings"],
+        "teachers": {name: json.loads((run / path).read_text("utf-8")) for name, path in TEACHERS.items()},
+    }
+    half = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    model = PerceptioForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    write_weights(model, half)
+    PerceptioProcessor.from_pretrained(source).save_pretrained(half)
+    (half / LOG).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    (half / CURVE).write_text(draw_curve(log), encoding="utf-8")
+    (half / RECIPE).write_text(recipe.read_text("utf-8"), encoding="utf-8")
+    write_json(half / EVALUATION, facts)
+    (half / "README.md").write_text(card(model, log, facts), encoding="utf-8")
+    write_manifest(half)
+    shutil.rmtree(folder, ignore_errors=True)
+    half.rename(folder)
+    return folder
+
+
+def write_weights(model: PerceptioForConditionalGeneration, folder: Path) -> None:
+    """In float16 on the disk and float32 once loaded, which every processor computes; a codebook is never rounded."""
+    model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    kinds = {name: torch.float32 if name.startswith(KEPT_FLOAT32) else torch.float16 for name in weights}
+    sizes = {name: weight.numel() * kinds[name].itemsize for name, weight in weights.items()}
+    write_shards(folder, sizes, lambda name: weights[name].to(kinds[name]), SHARD)
+
+
+def draw_curve(log: list[dict]) -> str:
+    """SVG: what the training batches were right in, against the records that were seen."""
+    lines = [line for line in log if "loss" in line]
+    left, top, width, height = 48, 24, 560, 240
+    last = max(line["step"] for line in lines)
+    parts = []
+    for share in (0, 25, 50, 75, 100):
+        y = top + height * (1 - share / 100)
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" class="rule"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{share}%</text>')
+    for number, ((key, name), colour) in enumerate(zip(CURVES.items(), COLOURS, strict=True)):
+        points = " ".join(
+            f"{left + width * line['step'] / last:.1f},{top + height * (1 - line[key]):.1f}"
+            for line in lines
+            if key in line
+        )
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<text x="{left + 150 * number}" y="{top + height + 40}" style="fill:{colour}">{name}</text>')
+    parts.append(f'<text x="{left + width}" y="{top + height + 18}" text-anchor="end">{last:,} steps</text>')
+    style = "text{font:12px system-ui,sans-serif;fill:#1c1e22}.rule{stroke:#d4d4ce}"
+    size = f'width="{left + width + 24}" height="{top + height + 56}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="#fafaf8"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def card(model: PerceptioForConditionalGeneration, log: list[dict], facts: dict) -> str:
+    count, steps = sum(weight.numel() for weight in model.parameters()), max(line["step"] for line in log)
+    rows = "\n".join(f"| {' | '.join(_cells(figure))} |" for figure in facts["figures"])
+    teachers = "\n".join(
+        f"- {name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in figures.items())
+        for name, figures in facts["teachers"].items()
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: apache-2.0
+tags: [perceptio, image-segmentation, depth-estimation]
+---
+# perceptio-tiny
+
+A Perceptio of {count / 1e6:.1f} million parameters, trained from nothing on rendered scenes. It shows how the method
+works and that it does; it has never seen a photograph, and knows {_things()}.
+
+```python
+import perceptio
+from transformers import pipeline
+
+see = pipeline("perceptio")
+result = see(image="assets/world.jpg", text="Which is closer to the camera, the mug or the ball?")
+result["generated_text"], result["mask"], result["depth"]
+```
+
+An InternVL (InternViT and Qwen2), a SAM2 and a depth tokenizer of the real classes, small. InternViT, SAM2's image
+encoder and the depth tokenizer were trained first and are frozen, as in the large ones; {steps:,} steps of
+`train_sft.py` with `{RECIPE}` trained the rest. `python -m perceptio.hub.train_tiny` makes it anew.
+
+![What it was right in while it was trained]({CURVE})
+
+## On scenes that it never saw
+
+`{EVALUATION}`, written by `perceptio eval world`. Each question is asked by itself, and answered after mask and depth.
+
+| figure | value | 95% interval | questions | unreadable |
+|---|---|---|---|---|
+{rows}
+
+Its teachers, on held-out scenes:
+
+{teachers}
+
+## What it is not
+
+Depth is relative inverse depth of one picture, not metres. Its answers are about rendered things and are wrong about
+much that is not. It is no safety device.
+"""
+
+
+def _cells(figure: dict) -> list[str]:
+    scale = 100 if figure["unit"] == "%" else 1
+    value, low, high = (
+        "–" if number is None else f"{scale * number:.1f}"
+        for number in (figure["value"], figure["low"], figure["high"])
+    )
+    return [figure["name"], value + figure["unit"], f"{low} – {high}", str(figure["n"]), str(figure["invalid"])]
+
+
+def _things() -> str:
+    from ..world.shapes import NOUNS
+
+    return f"{len(NOUNS)} kinds of things"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of perceptio.hub.train_tiny")
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/perceptio-tiny.yaml"))
+    options = parser.parse_args(arguments)
+    try:
+        release(options.run, options.folder, options.recipe)
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        print(f"perceptio: {options.run} does not hold a finished run: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.folder}: {sum(file.stat().st_size for file in options.folder.rglob('*')) / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
