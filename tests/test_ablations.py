@@ -1,0 +1,87 @@
+"""The comparison of Perceptio with less of itself: what is asked for, and what is made of the figures."""
+
+import importlib.util
+import json
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from perceptio.data.recipe import read_recipe
+from perceptio.train_sft import parse
+
+
+@pytest.fixture(scope="module")
+def ablations(request):
+    spec = importlib.util.spec_from_file_location("ablations", request.config.rootpath / "bench" / "ablations.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ablations"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(request):
+    return yaml.safe_load((request.config.rootpath / "recipes" / "ablations.yaml").read_text("utf-8"))
+
+
+def split(share: float) -> dict:
+    return {"closest point": {"value": share, "n": 10}}
+
+
+@pytest.fixture
+def results():
+    seeds = {"0": {"points3": split(0.9), "lure": split(0.8), "refer": {"cIoU": {"value": 0.7, "n": 5}}},
+             "1": {"points3": split(0.8), "lure": split(0.7)}}  # fmt: skip
+    without = {"0": {"points3": split(0.5), "lure": split(0.5)}}
+    codes = {"own": {"points3": split(0.85)}, "random": {"points3": split(0.4)}}
+    return {"variants": {"all": seeds, "no depth span": without}, "codes": {"with": codes}}
+
+
+def test_every_variant_is_a_run_that_can_be_read(ablations, config, tmp_path, monkeypatch):
+    """train_sft.py reads each one's arguments; without spans no record has a span, nor is one given."""
+    ran = []
+    monkeypatch.setattr(ablations, "run", lambda *words: ran.append(words))
+    monkeypatch.chdir(ablations.ROOT)
+    for name, changes in config["variants"].items():
+        changes = {key: value for key, value in (changes or {}).items() if key != "eval"}
+        ablations.train(name, changes, 1, config, tmp_path)
+        run, arguments = parse(["--config", str(ran[-1][2])])
+        assert arguments.seed == 1 and arguments.bf16 and run.samples == config["train"]["samples"]
+        sources = read_recipe(run.data).sources
+        left_out = changes.get("without", "")
+        assert {source.without or "" for source in sources} == {left_out}
+        assert ("given" in {source.name for source in sources}) == ("depth" not in left_out)
+        for key in changes.keys() - {"without"}:
+            assert getattr(arguments, key) == changes[key]
+    assert len({words[2] for words in ran}) == len(config["variants"]) >= 9
+
+
+def test_a_run_that_is_done_is_not_run_again(ablations, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "run", None)
+    model = tmp_path / "all-0" / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "manifest.json").write_text("{}")
+    assert ablations.train("all", {}, 0, config, tmp_path) == model
+    (tmp_path / "eval" / "lure").mkdir(parents=True)
+    figures = [{"name": "lure: closest point", "value": 0.5, "n": 4, "low": 0.1, "high": 0.9}]
+    (tmp_path / "eval" / "lure" / "results.json").write_text(json.dumps({"figures": figures}))
+    found = ablations.measure(model, "data", ["lure"], None, tmp_path / "eval")
+    assert found == {"lure": {"closest point": {"value": 0.5, "n": 4}}}
+
+
+def test_the_table_compares_with_the_whole(ablations, results):
+    lines = ablations.table(results).splitlines()
+    assert "| all | 80.0 (75.0 to 85.0) |  | 2 |  |" in lines
+    assert "| no depth span | 50.0 | -30.0 | 1 | −25.8 (Perceptio-8B) |" in lines
+    assert any(line.startswith("| random | 40.0 | -45.0 |") for line in lines)
+
+
+def test_the_plot_has_a_dot_for_each_run_where_it_belongs(ablations, results):
+    root = ElementTree.fromstring(ablations.plot(results))
+    circles = [float(node.get("cx")) for node in root.iter() if node.tag.endswith("circle")]
+    assert len(circles) == 2 + 1 + 2 and circles[0] == pytest.approx(200 + 420 * 0.85, abs=0.1)
+    texts = [node.text for node in root.iter() if node.tag.endswith("text")]
+    assert {"all", "no depth span", "random", "80.0%", "40.0%"} <= set(texts)
+    assert ElementTree.fromstring(ablations.plot({})).tag.endswith("svg")
