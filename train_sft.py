@@ -40,6 +40,7 @@ from perceptio.training.models import (
     load_model,
     prepare_training,
 )
+from perceptio.training.muon import MuonTraining
 from perceptio.training.panels import draw_panels, show_panels
 from perceptio.training.rehearsal import LAYOUT, rehearse, rehearse_layout
 from perceptio.training.result import (
@@ -118,6 +119,9 @@ class PerceptioSFTConfig(SFTConfig):
     max_bad_steps: int = field(default=5, metadata={"help": "steps in a row that are not finite before it stops"})
     sam_cache: str | None = field(default=None, metadata={"help": "folder for the features of SAM2's frozen encoder"})
     resume_anyway: bool = field(default=False, metadata={"help": "go on although the recipe has changed"})
+    muon: bool = field(
+        default=False, metadata={"help": "with `full`: Muon for the matrices of hidden layers, AdamW for the rest"}
+    )
     answer_first: bool = field(default=False, metadata={"help": "perception behind the answer, for comparisons alone"})
     panels: int = field(default=4, metadata={"help": "pictures with their predictions at each evaluation"})
     # Other defaults than TRL's.
@@ -143,6 +147,7 @@ class PerceptioSFTConfig(SFTConfig):
             "on_error": self.on_error in ("stop", "skip"),
             "max_bad_steps": self.max_bad_steps >= 1,
             "panels": self.panels >= 0,
+            "muon": not self.muon or self.full,
             "packing": not self.packing,
             "padding_free": not self.padding_free,
             "remove_unused_columns": not self.remove_unused_columns,
@@ -160,7 +165,7 @@ class PerceptioSFTConfig(SFTConfig):
         return {term: getattr(self, f"{term.removesuffix('_loss')}_weight") for term in TERMS}
 
 
-class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
+class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTrainer):
     """`SFTTrainer` on records: its own loss, exact resuming, and what is trained as Perceptio trains it.
 
     model: a `PerceptioForConditionalGeneration`, the folder or Hub id of one, or a `PeftModel` of one.
@@ -365,6 +370,7 @@ class PerceptioSFTTrainer(SafeCheckpoints, GuardedSteps, SFTTrainer):
             "mask_points",
             "max_tiles",
             "answer_first",
+            "muon",
         ]
         facts = {name: getattr(self.args, name) for name in names} | self.args.loss_weights
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from ..processing_perceptio import IMAGENET_MEAN, IMAGENET_STD
 from ..training.checkpoints import SafeCheckpoints, checkpoints
 from ..training.guard import GuardedSteps
+from ..training.muon import MuonTraining
 from ..world.instances import InstanceSet, write_instances
 
 
@@ -20,6 +21,7 @@ class SceneArguments(TrainingArguments):
 
     scenes: int = field(default=12_000, metadata={"help": "to train on"})
     eval_scenes: int = field(default=300, metadata={"help": "held out"})
+    muon: bool = field(default=True, metadata={"help": "Muon for the matrices of hidden layers, not AdamW"})
     remove_unused_columns: bool = False
 
     def __post_init__(self):
@@ -47,11 +49,11 @@ class SceneDraws(torch.utils.data.Dataset):
         raise NotImplementedError
 
 
-class SceneTrainer(SafeCheckpoints, GuardedSteps, Trainer):
+class SceneTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, Trainer):
     facts: tuple[str, ...] = ()  # arguments that a run must keep to go on
 
     def run_facts(self) -> dict:
-        names = ("scenes", "learning_rate", "seed", "max_steps", "per_device_train_batch_size", *self.facts)
+        names = ("scenes", "learning_rate", "seed", "max_steps", "per_device_train_batch_size", "muon", *self.facts)
         return {name: str(getattr(self.args, name)) for name in names}
 
     def train_or_go_on(self):

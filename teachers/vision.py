@@ -29,8 +29,9 @@ from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, scene_s
 
 CELLS = 2  # along each side of a patch
 CLASSES = {"noun": len(NOUNS) + 1, "colour": len(COLOURS) + 1, "pattern": len(PATTERNS) + 1, "point": len(LETTERS) + 1}
-WEIGHTS = {"noun": 1.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 1.0}
+WEIGHTS = {"noun": 2.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 1.0}
 DEPTH_OFFSET = 0.1  # relative inverse depth is compared on a log scale above it
+POSITIONS = 0.5  # size of the positions at the start
 MARKED = 0.6  # share of the pictures that have marked points
 
 
@@ -59,6 +60,7 @@ def vision_config(side: int, patch: int, width: int, layers: int, heads: int) ->
         num_attention_heads=heads,
         image_size=side,
         patch_size=patch,
+        layer_scale_init_value=1.0,  # a small one is for hundreds of layers, and slow
     )
 
 
@@ -109,6 +111,9 @@ class CellReader(nn.Module):
         super().__init__()
         # the backward pass of written-out attention is the faster one on CPUs
         self.tower = InternVLVisionModel._from_config(config, attn_implementation="eager")
+        positions = self.tower.embeddings.position_embeddings
+        with torch.no_grad():
+            positions[0, 1:] = POSITIONS * sine_positions(int((positions.shape[1] - 1) ** 0.5), config.hidden_size)
         self.sizes = [*CLASSES.values(), 1]
         self.heads = nn.Linear(config.hidden_size, CELLS**2 * sum(self.sizes))
 
@@ -136,6 +141,14 @@ class CellReader(nn.Module):
         close = torch.maximum(near / true, true / near) < 1.25
         output["depth"] = torch.stack([close.sum(), torch.tensor(close.numel(), device=close.device)])
         return output
+
+
+def sine_positions(side: int, width: int) -> Tensor:
+    """float[side², width]: sines and cosines of row and column, so that near places begin alike."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    rates = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    turns = [place.flatten()[:, None] * rates for place in (rows, columns)]
+    return torch.cat([wave(turn) for turn in turns for wave in (torch.sin, torch.cos)], -1)
 
 
 class VisionTrainer(SceneTrainer):

@@ -86,7 +86,7 @@ def test_a_marked_point_is_drawn_where_it_is_asked_for(scenes, args):
     for _, drawn, _ in drawn_with(scenes, args, marked=True):
         pixels = drawn["pixel_values"] * torch.tensor(IMAGENET_STD)[:, None, None]
         red, green, _ = (pixels + torch.tensor(IMAGENET_MEAN)[:, None, None]) * 255
-        ring = (red > 140) & (green < 60)
+        ring = (red - green > 60) & (red > 90)
         letters = drawn["point"][drawn["point"] > 0].tolist()
         assert 2 <= len(letters) <= 5 and len(set(letters)) == len(letters)
         for row, column in drawn["point"].nonzero().tolist():
