@@ -31,7 +31,7 @@ CELLS = 2  # along each side of a patch
 CLASSES = {"noun": len(NOUNS) + 1, "colour": len(COLOURS) + 1, "pattern": len(PATTERNS) + 1, "point": len(LETTERS) + 1}
 WEIGHTS = {"noun": 2.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 1.0}
 DEPTH_OFFSET = 0.1  # relative inverse depth is compared on a log scale above it
-POSITIONS = 0.5  # size of the positions at the start
+POSITIONS, ALIKE, PASSED = 0.5, 0.4, 0.4  # at the start: size of the positions; of what is compared, and of its values
 MARKED = 0.6  # share of the pictures that have marked points
 
 
@@ -111,9 +111,7 @@ class CellReader(nn.Module):
         super().__init__()
         # the backward pass of written-out attention is the faster one on CPUs
         self.tower = InternVLVisionModel._from_config(config, attn_implementation="eager")
-        positions = self.tower.embeddings.position_embeddings
-        with torch.no_grad():
-            positions[0, 1:] = POSITIONS * sine_positions(int((positions.shape[1] - 1) ** 0.5), config.hidden_size)
+        start_well(self.tower)
         self.sizes = [*CLASSES.values(), 1]
         self.heads = nn.Linear(config.hidden_size, CELLS**2 * sum(self.sizes))
 
@@ -141,6 +139,19 @@ class CellReader(nn.Module):
         close = torch.maximum(near / true, true / near) < 1.25
         output["depth"] = torch.stack([close.sum(), torch.tensor(close.numel(), device=close.device)])
         return output
+
+
+@torch.no_grad()
+def start_well(tower: InternVLVisionModel) -> None:
+    """Near places begin alike, and attention begins by comparing each place with those that are like it, as it ends up
+    in trained towers: few scenes then go a long way."""
+    positions, width = tower.embeddings.position_embeddings, tower.config.hidden_size
+    positions[0, 1:] = POSITIONS * sine_positions(int((positions.shape[1] - 1) ** 0.5), width)
+    for layer in tower.encoder.layer:
+        attention = layer.attention
+        for linear, share in ((attention.q_proj, ALIKE), (attention.k_proj, ALIKE), (attention.v_proj, PASSED),
+                              (attention.projection_layer, -PASSED)):  # fmt: skip
+            linear.weight.copy_(share * torch.eye(width) + 0.02 * torch.randn(width, width))
 
 
 def sine_positions(side: int, width: int) -> Tensor:

@@ -116,6 +116,19 @@ def test_cells_are_read_where_they_are():
     assert found["depth"].shape == (1, 8, 8) and differs.nonzero().tolist() == [[1, 2]]
 
 
+def test_attention_begins_near_by():
+    """Of a picture of noise, in the first layer: a place looks at its neighbours, without training."""
+    torch.manual_seed(0)
+    tower = CellReader(vision_config(112, 14, 64, 1, 2)).tower.eval()
+    states = tower(torch.randn(2, 3, 112, 112), output_attentions=True)
+    seen = states.attentions[0][:, :, 1:, 1:].mean((0, 1))  # [64, 64]
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], -1)
+    apart = torch.cdist(places, places)
+    near, far = seen[(apart > 0) & (apart < 1.5)].mean(), seen[apart > 4].mean()
+    assert near > 1.08 * far and seen.diagonal().mean() > near
+
+
 def test_a_short_training_learns_and_leaves_a_tower(tmp_path, capsys):
     arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 56, "width": 32, "layers": 2,
                  "heads": 2, "per_device_train_batch_size": 4, "max_steps": 40, "learning_rate": 3e-3,
