@@ -22,12 +22,14 @@ from ..data.manifest import write_json
 from ..losses_perceptio import mask_iou, seg_bce_loss, seg_dice_loss, seg_object_loss
 from ..training.checkpoints import EXIT_CODES
 from ..training.guard import NoMemory
+from .cells import NAMES, cell_loss, cell_truth, split_cells
 from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, scene_sets
 
 POINT, ABSENT, TOP_LEFT, BOTTOM_RIGHT = 1, -1, 2, 3  # what SAM2 calls the points of a prompt
 NOTHING = 255  # the number of no thing
 SMALLEST = 0.002  # share of the picture from which a thing is asked for
 MASK_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT, GROUP_WEIGHT = 5.0, 1.0, 1.0, 0.5, 1.0
+CELL = 4  # pixels
 GROUP_PLACES, GROUP_WIDTH = 96, 64  # of a picture whose things are asked for, and numbers that tell things apart
 
 
@@ -86,16 +88,18 @@ def sam_config(side: int, width: int, blocks: list[int], decoder_width: int) -> 
 
 class Prompts(SceneDraws):
     def draw(self, scene: dict[str, Tensor], rng) -> dict[str, Tensor]:
-        return draw_prompts(scene["image"], scene["things"], self.args, rng)
+        return draw_prompts(scene, self.args, rng)
 
 
-def draw_prompts(image: Tensor, things: Tensor, args: SamTrainingConfig, rng) -> dict[str, Tensor]:
-    """pixel_values float[3, S, S], points float[P, 2, 2] (x, y), labels int[P, 2], masks bool[P, S/4, S/4].
+def draw_prompts(scene: dict[str, Tensor], args: SamTrainingConfig, rng) -> dict[str, Tensor]:
+    """pixel_values float[3, S, S], points float[P, 2, 2] (x, y), labels int[P, 2], masks bool[P, S/4, S/4], and of
+    every cell what `cell_truth` tells.
 
     Half of the pictures are mirrored.  A picture without a thing of some size asks for what is there, the largest.
     """
+    image, things, depth, names = (scene[name] for name in ("image", "things", "depth", "names"))
     if rng.random() < 0.5:
-        image, things = image.flip(1), things.flip(1)
+        image, things, depth = image.flip(1), things.flip(1), depth.flip(1)
     counts = np.bincount(things.flatten().numpy(), minlength=2)
     counts[0] = 0
     large = np.flatnonzero(counts >= SMALLEST * things.numel())
@@ -124,6 +128,7 @@ def draw_prompts(image: Tensor, things: Tensor, args: SamTrainingConfig, rng) ->
         "labels": torch.tensor(labels),
         "masks": torch.stack(masks),
         "things": things[2::4, 2::4].long(),
+        **cell_truth(things, depth, names, CELL),
     }
 
 
@@ -137,23 +142,21 @@ class PromptedSam(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 module.reset_parameters()
 
-        self.group = nn.Linear(sum(self.widths(config)), 2 * GROUP_WIDTH)
+        width = config.mask_decoder_config.hidden_size
+        together = width // 8 + width // 4 + width  # of the three maps of features that the mask decoder reads
+        self.heads = nn.Linear(together, 2 * GROUP_WIDTH + sum(NAMES.values()) + 1)
         self.group_bias = nn.Parameter(torch.tensor(-3.0))
 
-    @staticmethod
-    def widths(config: Sam2Config) -> tuple[int, int, int]:
-        """Of the three maps of features that the mask decoder reads."""
-        width = config.mask_decoder_config.hidden_size
-        return width // 8, width // 4, width
-
-    def group_loss(self, features: list[Tensor], things: Tensor) -> Tensor:
-        """From places of a picture, which other places show the same thing: many small questions a picture.
-
-        The encoder learns from it to tell things apart, which few prompts teach slowly.
-        """
+    def cells_loss(self, features: list[Tensor], things: Tensor, truth: dict[str, Tensor]) -> Tensor:
+        """Many small questions a picture, from which the encoder learns what few prompts teach slowly: what every cell
+        shows, and, from some places, which other places show the same thing."""
         side = things.shape[-1]
         wide = [F.interpolate(level, size=(side, side), mode="bilinear", align_corners=False) for level in features]
-        asked, given = self.group(torch.cat(wide, 1).flatten(2).transpose(1, 2)).chunk(2, -1)
+        groups, cells = self.heads(torch.cat(wide, 1).movedim(1, -1)).float().tensor_split([2 * GROUP_WIDTH], -1)
+        told = cell_loss(split_cells(cells, NAMES), truth)
+        return GROUP_WEIGHT * self._group_loss(*groups.flatten(1, 2).chunk(2, -1), things) + told
+
+    def _group_loss(self, asked: Tensor, given: Tensor, things: Tensor) -> Tensor:
         flat = things.flatten(1)
         places = torch.multinomial((flat > 0).float() + 1e-3, GROUP_PLACES)
         asked = asked.gather(1, places[..., None].expand(-1, -1, GROUP_WIDTH))
@@ -162,22 +165,22 @@ class PromptedSam(nn.Module):
         return (MASK_WEIGHT * seg_bce_loss(logits, truth) + DICE_WEIGHT * seg_dice_loss(logits, truth)).mean()
 
     def forward(
-        self, pixel_values: Tensor, points: Tensor, labels: Tensor, masks: Tensor, things: Tensor
+        self, pixel_values: Tensor, points: Tensor, labels: Tensor, masks: Tensor, things: Tensor, **truth: Tensor
     ) -> dict[str, Tensor]:
         features = self.sam.get_image_embeddings(pixel_values)
         output = self.sam(image_embeddings=features, input_points=points, input_labels=labels, multimask_output=True)
         logits = output.pred_masks.float().flatten(0, 1)  # [B * P, candidates, h, w]
         ious = output.iou_scores.float().flatten(0, 1)
         gold = masks.flatten(0, 1).float()
-        flat, truth = logits.flatten(2), gold.flatten(1)[:, None].expand(-1, logits.shape[1], -1)
-        cost = MASK_WEIGHT * seg_bce_loss(flat, truth) + DICE_WEIGHT * seg_dice_loss(flat, truth)
+        flat, wanted = logits.flatten(2), gold.flatten(1)[:, None].expand(-1, logits.shape[1], -1)
+        cost = MASK_WEIGHT * seg_bce_loss(flat, wanted) + DICE_WEIGHT * seg_dice_loss(flat, wanted)
         intersection, union = mask_iou(logits, gold[:, None])
         found = intersection / union.clamp(min=1)
         there = output.object_score_logits.float().flatten()
         objects = seg_object_loss(there, gold.flatten(1).any(-1)).mean()
         loss = cost.amin(-1).mean() + IOU_WEIGHT * (ious - found).square().mean() + OBJECT_WEIGHT * objects
         if self.training:
-            loss = loss + GROUP_WEIGHT * self.group_loss(features, things)
+            loss = loss + self.cells_loss(features, things, truth)
         chosen = found.gather(1, ious.argmax(-1, keepdim=True))[:, 0]
         return {"loss": loss, "iou": chosen.detach(), "is_box": (labels[..., 0] == TOP_LEFT).flatten()}
 

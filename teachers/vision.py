@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel
 from trl import TrlParser
@@ -23,14 +22,11 @@ from ..data.manifest import write_json
 from ..training.checkpoints import EXIT_CODES
 from ..training.guard import NoMemory
 from ..world.marks import LETTERS, draw_points, drawn_larger
-from ..world.shapes import NOUNS
-from ..world.surfaces import COLOURS, PATTERNS
+from .cells import NAMES, POINT, cell_figures, cell_loss, cell_truth, split_cells
 from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, scene_sets
 
 CELLS = 2  # along each side of a patch
-CLASSES = {"noun": len(NOUNS) + 1, "colour": len(COLOURS) + 1, "pattern": len(PATTERNS) + 1, "point": len(LETTERS) + 1}
-WEIGHTS = {"noun": 2.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 1.0}
-DEPTH_OFFSET = 0.1  # relative inverse depth is compared on a log scale above it
+CLASSES = {**NAMES, "point": POINT}
 POSITIONS, ALIKE, PASSED = 0.5, 0.4, 0.4  # at the start: size of the positions; of what is compared, and of its values
 MARKED = 0.6  # share of the pictures that have marked points
 
@@ -91,16 +87,10 @@ def draw_cells(scene: dict[str, Tensor], args: VisionTrainingConfig, rng) -> dic
             point[y // cell, x // cell] = 1 + LETTERS.index(letter)
     light = torch.from_numpy(rng.uniform(0.85, 1.15, 3)).float() * float(rng.uniform(0.8, 1.2))
     pixels = (image.float() * light).clamp(0, 255)
-    middle = slice(cell // 2, None, cell)
-    names = scene["names"].long()[things[middle, middle].long()]  # [C, C, 3]
-    near = F.avg_pool2d(depth[None].float(), cell)[0]
     return {
         "pixel_values": as_pixels(pixels),
-        "noun": names[..., 0],
-        "colour": names[..., 1],
-        "pattern": names[..., 2],
         "point": point,
-        "depth": (near + DEPTH_OFFSET).log(),
+        **cell_truth(things, depth, scene["names"], cell),
     }
 
 
@@ -112,8 +102,7 @@ class CellReader(nn.Module):
         # the backward pass of written-out attention is the faster one on CPUs
         self.tower = InternVLVisionModel._from_config(config, attn_implementation="eager")
         start_well(self.tower)
-        self.sizes = [*CLASSES.values(), 1]
-        self.heads = nn.Linear(config.hidden_size, CELLS**2 * sum(self.sizes))
+        self.heads = nn.Linear(config.hidden_size, CELLS**2 * (sum(CLASSES.values()) + 1))
 
     def read(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Of every class float[B, C, C, classes], and "depth" float[B, C, C]."""
@@ -121,24 +110,11 @@ class CellReader(nn.Module):
         side = int(states.shape[1] ** 0.5)
         cells = self.heads(states).float().unflatten(1, (side, side)).unflatten(-1, (CELLS, CELLS, -1))
         cells = cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        *classes, depth = cells.split(self.sizes, -1)
-        return {**dict(zip(CLASSES, classes, strict=True)), "depth": depth[..., 0]}
+        return split_cells(cells, CLASSES)
 
     def forward(self, pixel_values: Tensor, **truth: Tensor) -> dict[str, Tensor]:
         found = self.read(pixel_values)
-        losses = {name: F.cross_entropy(found[name].flatten(0, 2), truth[name].flatten()) for name in CLASSES}
-        marked = truth["point"] > 0
-        missed = F.cross_entropy(found["point"].flatten(0, 2), truth["point"].flatten(), reduction="none")
-        losses["point"] = missed.mean() + (missed * marked.flatten()).sum() / marked.sum().clamp(min=1)
-        losses["depth"] = (found["depth"] - truth["depth"]).abs().mean()
-        output = {"loss": sum(WEIGHTS[name] * loss for name, loss in losses.items())}
-        for name in CLASSES:  # among the cells where there is something to tell
-            told = truth[name] > 0
-            output[name] = torch.stack([((found[name].argmax(-1) == truth[name]) & told).sum(), told.sum()])
-        near, true = (depth.exp() for depth in (found["depth"], truth["depth"]))
-        close = torch.maximum(near / true, true / near) < 1.25
-        output["depth"] = torch.stack([close.sum(), torch.tensor(close.numel(), device=close.device)])
-        return output
+        return {"loss": cell_loss(found, truth), **cell_figures(found, truth)}
 
 
 @torch.no_grad()

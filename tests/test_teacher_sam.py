@@ -47,8 +47,8 @@ def test_scenes_are_laid_down_once(scenes, tmp_path):
 def test_a_prompt_shows_its_mask(scenes, args, boxes):
     args.boxes = boxes
     for index in range(6):
-        image, things = scenes[index]["image"], scenes[index]["things"]
-        drawn = draw_prompts(image, things, args, np.random.default_rng(index))
+        things = scenes[index]["things"]
+        drawn = draw_prompts(scenes[index], args, np.random.default_rng(index))
         mirrored = np.random.default_rng(index).random() < 0.5
         shown = things.flip(1) if mirrored else things
         assert drawn["pixel_values"].shape == (3, 64, 64) and drawn["masks"].shape == (6, 16, 16)
@@ -68,9 +68,15 @@ def test_a_prompt_shows_its_mask(scenes, args, boxes):
 
 
 def test_a_picture_without_things_goes_through(args):
-    drawn = draw_prompts(torch.zeros(64, 64, 3, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8), args,
-                         np.random.default_rng(0))  # fmt: skip
+    empty = {
+        "image": torch.zeros(64, 64, 3, dtype=torch.uint8),
+        "things": torch.zeros(64, 64, dtype=torch.uint8),
+        "depth": torch.zeros(64, 64, dtype=torch.float16),
+        "names": torch.zeros(256, 3, dtype=torch.uint8),
+    }
+    drawn = draw_prompts(empty, args, np.random.default_rng(0))
     assert not drawn["masks"].any() and torch.isfinite(drawn["points"]).all()
+    assert not drawn["noun"].any() and drawn["depth"].shape == (16, 16)
 
 
 def test_a_short_training_learns_and_leaves_a_model(tmp_path, capsys):

@@ -8,9 +8,9 @@ import torch
 from transformers import InternVLVisionModel
 
 from perceptio.processing_perceptio import IMAGENET_MEAN, IMAGENET_STD
+from perceptio.teachers.cells import DEPTH_OFFSET
 from perceptio.teachers.vision import (
     CLASSES,
-    DEPTH_OFFSET,
     CellReader,
     VisionTrainingConfig,
     draw_cells,
