@@ -1,6 +1,6 @@
 """What every part of Perceptio brings: the same run without it, and answers after depth codes that are not its own.
 
-    python bench/ablations.py --config recipes/ablations.yaml --out build/ablations
+    python bench/ablations.py --config recipes/ablations/tiny.yaml --out build/ablations
     python bench/ablations.py --tokens checkpoints/perceptio-tiny --data build/held-out --out build/ablations
 
 The first trains and measures every variant of the configuration with every seed, the second asks a trained model the
@@ -177,7 +177,7 @@ def plot(results: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="variants to train, as recipes/ablations.yaml")
+    parser.add_argument("--config", type=Path, help="variants to train, as recipes/ablations/tiny.yaml")
     parser.add_argument("--tokens", type=Path, metavar="DIR", help="trained model whose codes are replaced")
     parser.add_argument("--data", default="build/held-out", help="scenes that --tokens asks about")
     parser.add_argument("--limit", type=int, default=300, help="questions of a split that --tokens asks")

@@ -23,7 +23,7 @@ def ablations(request):
 
 @pytest.fixture
 def config(request):
-    return yaml.safe_load((request.config.rootpath / "recipes" / "ablations.yaml").read_text("utf-8"))
+    return yaml.safe_load((request.config.rootpath / "recipes" / "ablations" / "tiny.yaml").read_text("utf-8"))
 
 
 def split(share: float) -> dict:

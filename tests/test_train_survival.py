@@ -14,6 +14,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from training_samples import records, trainer_of
+from transformers.integrations import TensorBoardCallback
 
 from perceptio.data.shards import write_shards
 from perceptio.training.checkpoints import checkpoints
@@ -147,6 +148,8 @@ def test_predictions_reach_the_tracker(tiny_folder, tmp_path):
     trainer = trainer_of(tiny_folder(), rows, tmp_path / "run", held_out=Dataset.from_list(rows), **changes)
     trainer.train()
     trainer.evaluate()
+    tracker = next(one for one in trainer.callback_handler.callbacks if isinstance(one, TensorBoardCallback))
+    tracker.tb_writer.flush()  # it writes behind our back
     folder = next((tmp_path / "run").rglob("events.out.tfevents*")).parent
     events = accumulator.EventAccumulator(str(folder)).Reload()
     assert {"panels/eval/0", "panels/eval/1"} <= set(events.Tags()["images"])
