@@ -3,7 +3,7 @@
     python -m perceptio.hub.release build/tiny checkpoints/perceptio-tiny
 
 Beside the model: the log of its fine-tuning (`log.jsonl`, `curve.svg`), its figures on held-out scenes and those of
-its teachers (`evaluation.json`), the recipe that it was made by, and a card that is written from these.
+its teachers (`evaluation.json`), the recipe that it was made by, and a card written from these (`hub/card.py`).
 """
 
 import argparse
@@ -18,12 +18,18 @@ from ..data.manifest import write_json
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
 from ..training.checkpoints import STATE, checkpoints
-from .assemble import KEPT_FLOAT32
+from .assemble import KEPT_FLOAT32, PART_PREFIXES
+from .card import CARD, CURVE, EVALUATION, LOG, write_card
 from .manifest import write_manifest
 from .weights import write_shards
 
-LOG, CURVE, EVALUATION, RECIPE = "log.jsonl", "curve.svg", "evaluation.json", "recipe.yaml"
-TEACHERS = {"segmenter": "sam/model/evaluation.json", "vision tower": "vision/model/evaluation.json"}
+RECIPE = "recipe.yaml"
+TEACHERS = {  # the folder of each, and its recipe
+    "segmenter": ("sam", "recipes/teachers/sam-tiny.yaml"),
+    "vision tower": ("vision", "recipes/teachers/vision-tiny.yaml"),
+}
+LICENCE = "apache-2.0"
+MEASURED = "Measured before the weights were rounded to half precision."
 SHARD = "15MB"
 CURVES = {"code_accuracy": "depth codes", "answer_accuracy": "whole answers", "mask_iou": "masks (mean IoU)"}
 COLOURS = ("#e63c00", "#009ee1", "#00af82")
@@ -34,11 +40,8 @@ def release(run: Path, folder: Path, recipe: Path) -> Path:
     source = run / "run" / "model"
     log = json.loads((checkpoints(run / "run")[-1] / STATE).read_text("utf-8"))["log_history"]
     results = json.loads((run / "eval" / "results.json").read_text("utf-8"))
-    facts = {
-        "figures": results["figures"],
-        "settings": results["settings"],
-        "teachers": {name: json.loads((run / path).read_text("utf-8")) for name, path in TEACHERS.items()},
-    }
+    facts = {key: results[key] for key in ("figures", "settings", "data", "versions") if key in results}
+    facts |= {"note": MEASURED, "teachers": {name: _teacher(run, *where) for name, where in TEACHERS.items()}}
     half = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
@@ -49,7 +52,8 @@ def release(run: Path, folder: Path, recipe: Path) -> Path:
     (half / CURVE).write_text(draw_curve(log), encoding="utf-8")
     (half / RECIPE).write_text(recipe.read_text("utf-8"), encoding="utf-8")
     write_json(half / EVALUATION, facts)
-    (half / "README.md").write_text(card(model, log, facts), encoding="utf-8")
+    write_json(half / CARD, card_facts(folder.name))
+    write_card(half, folder.name, LICENCE)
     write_manifest(half)
     shutil.rmtree(folder, ignore_errors=True)
     half.rename(folder)
@@ -94,71 +98,27 @@ def draw_curve(log: list[dict]) -> str:
     )
 
 
-def card(model: PerceptioForConditionalGeneration, log: list[dict], facts: dict) -> str:
-    count, steps = sum(weight.numel() for weight in model.parameters()), max(line["step"] for line in log)
-    rows = "\n".join(f"| {' | '.join(_cells(figure))} |" for figure in facts["figures"])
-    teachers = "\n".join(
-        f"- {name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in figures.items())
-        for name, figures in facts["teachers"].items()
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-license: apache-2.0
-tags: [perceptio, image-segmentation, depth-estimation]
----
-# perceptio-tiny
-
-A Perceptio of {count / 1e6:.1f} million parameters, trained from nothing on rendered scenes. It shows how the method
-works and that it does; it has never seen a photograph, and knows {_things()}.
-
-```python
-import perceptio
-from transformers import pipeline
-
-see = pipeline("perceptio")
-result = see(image="assets/world.jpg", text="Which is closer to the camera, the mug or the ball?")
-result["generated_text"], result["mask"], result["depth"]
-```
-
-An InternVL (InternViT and Qwen2), a SAM2 and a depth tokenizer of the real classes, small. InternViT, SAM2's image
-encoder and the depth tokenizer were trained first and are frozen, as in the large ones; {steps:,} steps of
-`train_sft.py` with `{RECIPE}` trained the rest. `python -m perceptio.hub.train_tiny` makes it anew.
-
-![What it was right in while it was trained]({CURVE})
-
-## On scenes that it never saw
-
-`{EVALUATION}`, written by `perceptio eval world`. Each question is asked by itself, and answered after mask and depth.
-
-| figure | value | 95% interval | questions | unreadable |
-|---|---|---|---|---|
-{rows}
-
-Its teachers, on held-out scenes:
-
-{teachers}
-
-## What it is not
-
-Depth is relative inverse depth of one picture, not metres. Its answers are about rendered things and are wrong about
-much that is not. It is no safety device.
-"""
-
-
-def _cells(figure: dict) -> list[str]:
-    scale = 100 if figure["unit"] == "%" else 1
-    value, low, high = (
-        "–" if number is None else f"{scale * number:.1f}"
-        for number in (figure["value"], figure["low"], figure["high"])
-    )
-    return [figure["name"], value + figure["unit"], f"{low} – {high}", str(figure["n"]), str(figure["invalid"])]
-
-
-def _things() -> str:
+def card_facts(name: str) -> dict:
+    """What the card says that no other file knows."""
     from ..world.shapes import NOUNS
 
-    return f"{len(NOUNS)} kinds of things"
+    made = {"origin": "trained here, from nothing", "licence": LICENCE}
+    return {
+        "about": "A Perceptio small enough for a laptop, trained from nothing on rendered scenes: an InternVL "
+        f"(InternViT and Qwen2), a SAM2 and a depth tokenizer of the real classes. {name} shows how the method works; "
+        f"it has never seen a photograph, and knows {len(NOUNS)} kinds of things.",
+        "data": "Rendered scenes with exact depth, masks and answers (`perceptio world build`); the split that it is "
+        "measured on has other scenes. InternViT, SAM2's image encoder and the depth tokenizer were trained first, on "
+        f"scenes of the same kind; `train_sft.py` with [{RECIPE}]({RECIPE}) trained the rest.",
+        "made_by": "python -m perceptio.hub.train_tiny",
+        "limits": ["Its answers are about rendered things, and wrong about much that is not."],
+        "parts": dict.fromkeys(PART_PREFIXES, made),
+    }
+
+
+def _teacher(run: Path, folder: str, recipe: str) -> dict:
+    figures = json.loads((run / folder / "model" / "evaluation.json").read_text("utf-8"))
+    return {"figures": figures, "command": f"python -m perceptio.teachers.{folder} --config {recipe}"}
 
 
 def main(arguments: list[str] | None = None) -> int:

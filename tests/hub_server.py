@@ -6,9 +6,10 @@
 
 A process that is to use it gets `hub.environment(home, token)`; a test's own process, `hub.use(monkeypatch, …)`.
 Models, data sets and Spaces; small files in commits, large and binary ones by LFS, whose bytes are sent and fetched at
-another host name, as on the real Hub, where a token is refused.  All in memory.  Not there: Xet (which has to be
-switched off, for otherwise the bytes never come here), pull requests, discussions, multipart uploads, gated
-repositories.
+another host name, as on the real Hub, where a token is refused.  All in memory.  Xet has to be switched off, for
+otherwise the bytes never come here: the client does not ask whether it is wanted.  With `xet` they go into that
+folder, in a form that only hf-xet reads, so that such files can be listed and not fetched.  Not there: pull requests,
+discussions, multipart uploads, gated repositories.
 """
 
 import base64
@@ -47,16 +48,19 @@ class Refusal(Exception):
 class Blob:
     data: bytes
     lfs: bool = False
+    elsewhere: tuple[str, int] | None = None  # SHA-256 and size of a file whose bytes Xet keeps
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+        return self.elsewhere[0] if self.elsewhere else hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def size(self) -> int:
+        return self.elsewhere[1] if self.elsewhere else len(self.data)
 
     @property
     def pointer(self) -> bytes:
-        return (
-            f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
-        )
+        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
 
     @property
     def git_id(self) -> str:
@@ -69,10 +73,10 @@ class Blob:
 
     def entry(self, path: str) -> dict:
         """As in trees (`oid`) and in a repository's list of files (`blobId`)."""
-        sizes = {"size": len(self.data), "pointerSize": len(self.pointer)}
+        sizes = {"size": self.size, "pointerSize": len(self.pointer)}
         lfs = {"lfs": {"oid": self.sha256, "sha256": self.sha256, **sizes}} if self.lfs else {}
         ids = {"oid": self.git_id, "blobId": self.git_id}
-        return {"type": "file", "path": path, "size": len(self.data), **ids, **lfs}
+        return {"type": "file", "path": path, "size": self.size, **ids, **lfs}
 
 
 @dataclass
@@ -124,8 +128,8 @@ class HubServer:
     SHA-256, whether or not a commit named them afterwards.
     """
 
-    def __init__(self, tokens: dict[str, str]):
-        self.tokens = dict(tokens)
+    def __init__(self, tokens: dict[str, str], xet: str | os.PathLike | None = None):
+        self.tokens, self.xet = dict(tokens), xet
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, int | str]] = []
@@ -462,6 +466,13 @@ class _Handler(BaseHTTPRequestHandler):
                             "oid": present and present.etag})  # fmt: skip
         return {"files": answers}
 
+    @route(rf"GET {REPO}/xet-write-token/(?P<revision>[^/]+)")
+    def xet_token(self, kind, name, revision):
+        self._repository(kind, name, write=True)
+        if self.hub.xet is None:
+            raise Refusal(404, "no Xet here")
+        return {"casUrl": f"local://{self.hub.xet}", "accessToken": "xet", "exp": 4102444800}
+
     @route(rf"POST {FILE}\.git/info/lfs/objects/batch")
     def lfs_batch(self, kind, name):
         self._repository(kind, name, write=True)
@@ -494,9 +505,12 @@ class _Handler(BaseHTTPRequestHandler):
             if key == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]))
             elif key == "lfsFile":
-                if value["oid"] not in self.hub.objects:
+                if value["oid"] in self.hub.objects:
+                    files[value["path"]] = Blob(self.hub.objects[value["oid"]], lfs=True)
+                elif self.hub.xet is None:
                     raise Refusal(400, f"{value['path']}: its object {value['oid']} was never sent")
-                files[value["path"]] = Blob(self.hub.objects[value["oid"]], lfs=True)
+                else:
+                    files[value["path"]] = Blob(b"", lfs=True, elsewhere=(value["oid"], value["size"]))
             elif key in ("deletedFile", "deletedFolder"):
                 start = value["path"].rstrip("/") + "/" * (key == "deletedFolder")
                 gone = [p for p in files if p == start or (start.endswith("/") and p.startswith(start))]

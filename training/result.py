@@ -3,19 +3,19 @@
 import copy
 import hashlib
 import json
-import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from peft import get_peft_model
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..data.manifest import write_json
 from ..hub.manifest import MANIFEST_NAME, scan_pickles
+from ..hub.push import check_base_is_public, explain_push
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from .adapter_folders import save_adapter_folder, save_merged_folder, save_whole_folder, stamp_adapter
 from .models import is_sharded
@@ -75,28 +75,6 @@ def push_folder(folder: Path, name: str, token: str | None = None, private: bool
             f"the result is safe in {folder}, but it could not be pushed to {name} ({explain_push(error)}): push it "
             f"with `{command}`"
         ) from error
-
-
-def check_base_is_public(base: str) -> None:
-    """An adapter is pushed with the name of its base, so that must be a Hub id."""
-    if Path(base).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
-        raise ValueError(
-            f"an adapter of {base} is not pushed: nobody else has that folder, so push it with `hf upload` and train "
-            "from its Hub id, or write a whole model with `merge`"
-        )
-
-
-def explain_push(error: Exception) -> str:
-    """Why the Hub did not take something, in a few words."""
-    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # of a file that could not be sent
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return f"the Hub refuses the token with {status}: log in with `hf auth login`, or set HF_TOKEN"
-    first = next(iter(str(error).splitlines()), "")
-    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("httpx"):
-        return f"no connection to {constants.ENDPOINT}: {first}"
-    return f"{type(error).__name__}: {getattr(error, 'server_message', None) or first}"
 
 
 def gather(trainer):
