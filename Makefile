@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: help demo test check bench depth tiny ablations gpu clean
+.PHONY: help demo test check docs bench depth tiny ablations gpu clean
 
 help:
 	@echo "make demo    install, and ask a question about a picture (with an untrained model until one is trained)"
 	@echo "make test    install, and run the tests (CPU, offline)"
 	@echo "make check   make test with the slow tests, after format and lint"
+	@echo "make docs    write the documentation to build/site"
 	@echo "make depth   train the depth tokenizer on rendered scenes, measure and freeze it (about an hour on two cores)"
 	@echo "make tiny    train perceptio-tiny from scratch: teachers, scenes, fine-tuning; goes on where it was stopped"
 	@echo "make bench   run every benchmark under bench/, results in bench/results/"
@@ -47,6 +48,10 @@ check: $(INSTALLED)
 	@if test -f tests/fetch_upstream.py; then $(BIN)/python tests/fetch_upstream.py; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
+docs: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(BIN)/zensical build --strict
+
 bench: $(INSTALLED)
 	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
@@ -59,7 +64,7 @@ tiny: $(INSTALLED)
 	$(BIN)/python -m perceptio.hub.train_tiny
 
 ablations: $(INSTALLED)
-	$(BIN)/python bench/ablations.py --config recipes/ablations.yaml --tokens checkpoints/perceptio-tiny
+	$(BIN)/python bench/ablations.py --config recipes/ablations/tiny.yaml --tokens checkpoints/perceptio-tiny
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m perceptio.hub.train_tiny --minutes $(MINUTES)
