@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_see(commands)
+    _add_serve(commands)
     _add_doctor(commands)
     _add_others(commands)
     return parser
@@ -48,12 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_others(commands) -> None:
     from perceptio.data import command as data
+    from perceptio.demo import command as demo
     from perceptio.evaluation import command as evaluation
-    from perceptio.hub import assemble
+    from perceptio.hub import assemble, push
     from perceptio.vqvae import label
     from perceptio.world import command as world
 
-    for module in (assemble, data, evaluation, label, world):
+    for module in (assemble, data, demo, evaluation, label, push, world):
         module.add_parser(commands)
 
 
@@ -74,6 +77,23 @@ def _add_see(commands) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="room for depth span and answer")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     parser.set_defaults(run=see)
+
+
+def _add_serve(commands) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="answer OpenAI-style chat requests over HTTP",
+        description="Serves one model at http://HOST:PORT/v1, for the clients of OpenAI and huggingface_hub. The "
+        "answer's message has masks and depth beside the text: docs/serving.md. Nobody is asked for a key.",
+        epilog="Example: perceptio serve --model perceptio-8b --port 8000",
+    )
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="model folder or Hub id (default: the embedded model)")
+    parser.add_argument("--name", metavar="NAME", help="what requests call it (default: the last part of the above)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from http(s) addresses, too")
+    parser.set_defaults(run=serve)
 
 
 def _add_doctor(commands) -> None:
@@ -157,6 +177,34 @@ def choose_device(name: str):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here: pass cpu, or auto for the fastest there is") from error
     return device
+
+
+def serve(options) -> int:
+    try:
+        import uvicorn
+
+        from perceptio.serving import Served, build_app
+    except ImportError as error:
+        raise ImportError(f'{error}: serving needs the extra "serve": pip install "perceptio[serve]"') from error
+    with _listen(options.host, options.port) as listener:  # before the model: a wrong port costs no waiting
+        pipe = _open_pipeline(options)
+        name = options.name or Path(pipe.model.name_or_path).name
+        app = build_app(Served(pipe.model, pipe.processor, name, options.allow_urls))
+        host, port = listener.getsockname()[:2]
+        print(
+            f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", file=sys.stderr, flush=True
+        )
+        if getattr(pipe.model.config, "untrained", False):
+            print(UNTRAINED, file=sys.stderr, flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host {host} --port {port} cannot be listened on ({error}): pass another") from error
 
 
 def _as_json(result: dict, untrained: bool) -> dict:

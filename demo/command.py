@@ -1,0 +1,32 @@
+"""`perceptio demo`: the page, on this machine."""
+
+import argparse
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="a page in the browser: drop a picture, ask, and watch the answer being made",
+        description="Serves a page on which one drops a picture, asks, and sees the tokens as they are written, the "
+        "mask, the depth map and the answer. Stop it with Ctrl+C.",
+        epilog="Example: perceptio demo --model build/untrained --port 7860",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="model folder or Hub id (default: the embedded model)")
+    parser.add_argument("--host", help="address to listen on; 0.0.0.0 lets others in (default: this machine alone)")
+    parser.add_argument("--port", type=int, metavar="P", help="default: the first free one from 7860 on")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    parser.set_defaults(run=run)
+
+
+def run(options) -> int:
+    if options.port is not None and not 1 <= options.port <= 65535:
+        raise ValueError(f"--port is {options.port}, expected 1 to 65535")
+    try:
+        from .page import build_page, serve
+    except ImportError as error:
+        raise ImportError(f'{error}: the page needs the extra "demo": pip install "perceptio[demo]"') from error
+    from ..cli import _open_pipeline
+
+    serve(build_page(_open_pipeline(options)), options.host, options.port)
+    return 0
