@@ -23,11 +23,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        print(f"perceptio: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         print("perceptio: stopped", file=sys.stderr)
         return 130
+
+
+def refuse(error: Exception) -> int:
+    """Say in one line what is wrong, and return the exit code of a command that cannot go on."""
+    print(f"perceptio: {_one_line(error)}", file=sys.stderr)
+    return 2
 
 
 def _one_line(error: Exception) -> str:
@@ -70,12 +75,11 @@ def _add_see(commands) -> None:
     )
     parser.add_argument("image", metavar="IMAGE", help="path of the picture (PNG, JPEG, WEBP, BMP, TIFF, GIF)")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="model folder or Hub id (default: the embedded model)")
+    add_model_arguments(parser)
     parser.add_argument("--perception", choices=MODES, default="seg+depth", help="what to see (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="write the result as one picture, e.g. result.png")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object, the mask as RLE")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="room for depth span and answer")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     parser.set_defaults(run=see)
 
 
@@ -87,11 +91,10 @@ def _add_serve(commands) -> None:
         "answer's message has masks and depth beside the text: docs/serving.md. Nobody is asked for a key.",
         epilog="Example: perceptio serve --model perceptio-8b --port 8000",
     )
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="model folder or Hub id (default: the embedded model)")
+    add_model_arguments(parser)
     parser.add_argument("--name", metavar="NAME", help="what requests call it (default: the last part of the above)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from http(s) addresses, too")
     parser.set_defaults(run=serve)
 
@@ -115,7 +118,7 @@ def see(options) -> int:
     if options.out is not None:
         _check_target(Path(options.out))
     question = _whole_text(options.question)
-    pipe = _open_pipeline(options)
+    pipe = open_pipeline(options)
     print("looking …", file=sys.stderr, flush=True)
     result = pipe(image=picture, text=question, perception=options.perception, max_new_tokens=options.max_new_tokens)
     untrained = bool(getattr(pipe.model.config, "untrained", False))
@@ -147,7 +150,13 @@ def _check_target(path: Path) -> None:
         raise FileNotFoundError(f"--out {path}: the folder {path.parent} is not there")
 
 
-def _open_pipeline(options):
+def add_model_arguments(parser) -> None:
+    """What `open_pipeline` asks for."""
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="model folder or Hub id (default: the embedded model)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+
+
+def open_pipeline(options):
     from transformers import pipeline
 
     from perceptio import DEFAULT_MODEL, PerceptioForConditionalGeneration, PerceptioPipeline, PerceptioProcessor
@@ -187,7 +196,7 @@ def serve(options) -> int:
     except ImportError as error:
         raise ImportError(f'{error}: serving needs the extra "serve": pip install "perceptio[serve]"') from error
     with _listen(options.host, options.port) as listener:  # before the model: a wrong port costs no waiting
-        pipe = _open_pipeline(options)
+        pipe = open_pipeline(options)
         name = options.name or Path(pipe.model.name_or_path).name
         app = build_app(Served(pipe.model, pipe.processor, name, options.allow_urls))
         host, port = listener.getsockname()[:2]

@@ -24,6 +24,7 @@ from huggingface_hub import HfApi
 from transformers import AutoProcessor, Trainer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
+from perceptio.cli import refuse
 from perceptio.losses_perceptio import COUNTED, COUNTS, DEFAULT_WEIGHTS, TERMS
 from perceptio.modeling_depth_vqvae import DepthVQVAE
 from perceptio.training.adapters import trainable_table
@@ -516,8 +517,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return fine_tune(*parse(arguments))
     except (ValueError, OSError, ImportError, FloatingPointError, NoMemory) as error:
-        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def _each(dataset, change):

@@ -8,18 +8,17 @@ the end.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .engines import run_local, run_ray
 from .label import Labeller
+from .lock import only_one
 from .manifest import MANIFEST, join_manifest, join_summaries, read_manifest, write_json, write_manifest
 from .record import DataError
 from .shard_work import NOTES, ShardTask, attempts, read_note
@@ -60,7 +59,9 @@ def run_job(
     job = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     (out / "data").mkdir(parents=True, exist_ok=True)
     (out / NOTES).mkdir(exist_ok=True)
-    with _only_one(out):
+    with only_one(
+        out / NOTES / "lock", f"another job is writing to {out}, expected none: wait for it, or name another folder"
+    ):
         _check_same_job(out, description)
         remove_leftovers(out)
         tasks = [
@@ -117,19 +118,6 @@ def _check_same_job(out: Path, description: dict) -> None:
     elif (out / MANIFEST).is_file():
         raise DataError(f"{out} is a data set that no job wrote, expected a new folder: change --out")
     write_json(path, description)
-
-
-@contextmanager
-def _only_one(out: Path):
-    """Two jobs that write to one folder would remove each other's files.  A killed one gives the lock up."""
-    with open(out / NOTES / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"another job is writing to {out}, expected none: wait for it, or name another folder"
-            ) from error
-        yield
 
 
 def _merge(out: Path, manifest: dict, tasks: list[ShardTask], description: dict) -> dict:

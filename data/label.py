@@ -127,7 +127,7 @@ def _fill(depth: np.ndarray, holes: np.ndarray) -> np.ndarray:
 
 
 def load_vqvae(folder, device: str = "cpu") -> DepthVQVAE:
-    """The depth tokenizer of a folder: its own, or that of a whole Perceptio, of which nothing else is read."""
+    """The frozen depth tokenizer of a folder: its own, or that of a whole Perceptio, of which nothing else is read."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -144,7 +144,7 @@ def load_vqvae(folder, device: str = "cpu") -> DepthVQVAE:
             f"{folder} holds a model of type {config.get('model_type')!r}, expected a depth tokenizer "
             "(perceptio_depth) or a perceptio: name another folder"
         )
-    return vqvae.to(device).eval()
+    return vqvae.to(device).eval().requires_grad_(False)
 
 
 def _take_out(folder: Path, config: dict) -> DepthVQVAE:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..cli import add_model_arguments, open_pipeline
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
@@ -12,10 +14,9 @@ def add_parser(commands) -> None:
         epilog="Example: perceptio demo --model build/untrained --port 7860",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="model folder or Hub id (default: the embedded model)")
+    add_model_arguments(parser)
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 lets others in (default: this machine alone)")
     parser.add_argument("--port", type=int, metavar="P", help="default: the first free one from 7860 on")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     parser.set_defaults(run=run)
 
 
@@ -26,7 +27,5 @@ def run(options) -> int:
         from .page import build_page, serve
     except ImportError as error:
         raise ImportError(f'{error}: the page needs the extra "demo": pip install "perceptio[demo]"') from error
-    from ..cli import _open_pipeline
-
-    serve(build_page(_open_pipeline(options)), options.host, options.port)
+    serve(build_page(open_pipeline(options)), options.host, options.port)
     return 0

@@ -5,7 +5,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from ..cli import MODES
+from ..cli import MODES, UNTRAINED, add_model_arguments, open_pipeline
 from . import BENCHMARKS, CODES
 
 EPILOG = """Examples:
@@ -24,7 +24,7 @@ def add_parser(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("benchmark", metavar="NAME", choices=BENCHMARKS, help=f"one of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="model folder or Hub id (default: the embedded model)")
+    add_model_arguments(parser)
     parser.add_argument("--data", metavar="DIR", required=True, help="folder of the benchmark's data")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument("--split", metavar="S", help="as it is published (default: the benchmark's first)")
@@ -32,7 +32,6 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=8, metavar="B", help="questions at a time (default: %(default)s)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     parser.add_argument("--perception", choices=MODES, help="what to see (default: what each question asks for)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="room for depth span and answer")
     parser.add_argument(
@@ -57,9 +56,7 @@ def run(options) -> int:
     names = ("limit", "batch_size", "perception", "max_new_tokens", "depth_codes")
     settings = Settings(split=options.split or benchmark.splits[0], **{name: getattr(options, name) for name in names})
     check_request(benchmark, settings, options.data)
-    from ..cli import UNTRAINED, _open_pipeline
-
-    pipe = _open_pipeline(options)
+    pipe = open_pipeline(options)
     predictor = Predictor(pipe, benchmark.answer_tokens, options.max_new_tokens, options.depth_codes)
     facts = {"model": model_hash(pipe), "device": pipe.device.type, "dtype": str(pipe.model.dtype)}
     results = run_benchmark(benchmark, predictor, options.data, options.out, settings, facts, progress=True)
@@ -73,13 +70,18 @@ def run(options) -> int:
 
 
 def model_hash(pipe) -> str:
-    """Of every file of the model's folder that decides what it says; of a model of the Hub, its revision."""
-    from ..data.manifest import sha256
-    from ..hub.manifest import list_files
-
+    """Of the model's folder; of a model of the Hub, its revision."""
     folder = Path(pipe.model.name_or_path)
     if not folder.is_dir():
         return str(getattr(pipe.model.config, "_commit_hash", None) or pipe.model.name_or_path)
+    return folder_hash(folder)
+
+
+def folder_hash(folder: Path) -> str:
+    """Of every file of a model's folder that decides what it says."""
+    from ..data.manifest import sha256
+    from ..hub.manifest import list_files
+
     digest = hashlib.sha256()
     for name in list_files(folder):
         if not name.endswith((".md", ".png", ".jpg")):

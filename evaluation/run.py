@@ -11,7 +11,6 @@ Items of one perception are asked together, in batches that are the same each ti
 on where it stopped and ends with the bytes of one that was not.  Nothing of the data is held but what the page shows.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,6 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..data.lock import only_one
 from ..data.manifest import sha256, write_json
 from ..data.record import DataError
 from ..data.tally import Tally
@@ -68,7 +67,7 @@ def run_benchmark(
     data, out = Path(data), Path(out)
     check_request(benchmark, settings, data)
     out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out):
+    with only_one(out / LOCK, f"another run is writing into {out}: wait for it, or name another folder"):
         facts = {"benchmark": benchmark.name, **asdict(settings), **facts}
         _check_begun(out, facts)
         tally, found = Tally(benchmark.name), _Found(benchmark)
@@ -370,14 +369,3 @@ def _check_begun(out: Path, facts: dict) -> None:
         )
     (out / RESULTS).unlink(missing_ok=True)
     write_json(path, facts)
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Two runs that append to one file would mix their lines.  A killed one gives the lock up."""
-    with open(out / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"another run is writing into {out}: wait for it, or name another folder") from error
-        yield

@@ -18,7 +18,7 @@ from ..data.manifest import write_json
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
 from ..training.checkpoints import STATE, checkpoints
-from .assemble import KEPT_FLOAT32, PART_PREFIXES
+from .assemble import KEPT_FLOAT32, PART_PREFIXES, _put_in_place
 from .card import CARD, CURVE, EVALUATION, LOG, write_card
 from .manifest import write_manifest
 from .weights import write_shards
@@ -55,8 +55,7 @@ def release(run: Path, folder: Path, recipe: Path) -> Path:
     write_json(half / CARD, card_facts(folder.name))
     write_card(half, folder.name, LICENCE)
     write_manifest(half)
-    shutil.rmtree(folder, ignore_errors=True)
-    half.rename(folder)
+    _put_in_place(half, folder)
     return folder
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from types import SimpleNamespace
 
 import yaml
 from huggingface_hub import RepoCard
@@ -176,10 +175,10 @@ def _place_weights(folder: Path, out: Path, max_shard_size: str) -> None:
 
 
 def _add_results(folder: Path, path: Path, out: Path) -> None:
-    from ..evaluation.command import model_hash
+    from ..evaluation.command import folder_hash
 
     results = read_evaluation(path)
-    own = model_hash(SimpleNamespace(model=SimpleNamespace(name_or_path=str(folder))))
+    own = folder_hash(folder)
     if results["settings"].get("model") != own:
         raise ValueError(
             f"{path} was measured on the model {results['settings'].get('model')}, expected {own}, which {folder} is: "

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, GotOcr2ImageProcessorPil, InternVLVisionModel, Qwen2Tokenizer, Sam2Model
 
+from ..cli import refuse
 from ..configuration_perceptio import PerceptioConfig
 from ..modeling_depth_vqvae import DepthVQVAE
 from ..modeling_perceptio import PerceptioForConditionalGeneration
@@ -117,8 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model = build_small(options.folder, options.sam, options.vision, options.depth, options.seed)
     except (ValueError, OSError) as error:
-        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(f"wrote {options.folder}: {sum(weight.numel() for weight in model.parameters()):,} parameters")
     return 0
 

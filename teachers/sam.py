@@ -9,21 +9,16 @@ Its image encoder is then frozen in a Perceptio, as the published ones are.  Sce
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam2Config, Sam2Model
-from trl import TrlParser
 
-from ..data.manifest import write_json
 from ..losses_perceptio import mask_iou, seg_bce_loss, seg_dice_loss, seg_object_loss
-from ..training.checkpoints import EXIT_CODES
-from ..training.guard import NoMemory
 from .cells import NAMES, cell_loss, cell_truth, split_cells
-from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, scene_sets
+from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, main_of, train_part
 
 POINT, ABSENT, TOP_LEFT, BOTTOM_RIGHT = 1, -1, 2, 3  # what SAM2 calls the points of a prompt
 NOTHING = 255  # the number of no thing
@@ -187,51 +182,26 @@ class PromptedSam(nn.Module):
 
 class SamTrainer(SceneTrainer):
     facts = ("side", "prompts", "boxes", "width", "blocks", "decoder_width")
+    draws, part = Prompts, "sam"
+
+    @staticmethod
+    def measure(rows: list[dict]) -> dict[str, float]:
+        """Mean IoU of the candidate that the model itself prefers, for points and for boxes."""
+        iou, is_box = (torch.cat([row[name] for row in rows]) for name in ("iou", "is_box"))
+        return {"mean_iou_points": iou[~is_box].mean().item(), "mean_iou_boxes": iou[is_box].mean().item()}
 
 
 def train(args: SamTrainingConfig) -> int:
-    scenes, held_out, repeats = scene_sets(args, args.side)
     torch.manual_seed(args.seed)
     model = PromptedSam(sam_config(args.side, args.width, args.blocks, args.decoder_width))
-    trainer = SamTrainer(
-        model, args, train_dataset=Prompts(scenes, args, repeats), eval_dataset=Prompts(held_out, args)
-    )
-    if trainer.is_world_process_zero():
-        count = sum(weight.numel() for weight in model.sam.parameters())
-        print(f"{count:,} parameters, {sum(w.numel() for w in model.sam.mask_decoder.parameters()):,} in the decoder")
-    trainer.train_or_go_on()
-    if trainer.interrupted is not None:
-        return EXIT_CODES[trainer.interrupted]
-    if trainer.is_world_process_zero():
-        out = Path(args.output_dir)
-        model.sam.save_pretrained(out / "model")
-        figures = evaluate(model, Prompts(held_out, args), args.device)
-        write_json(out / "model" / "evaluation.json", figures)
-        print(figures)
-    return 0
-
-
-@torch.no_grad()
-def evaluate(model: PromptedSam, prompts: Prompts, device, batch_size: int = 16) -> dict[str, float]:
-    """Mean IoU of the candidate that the model itself prefers, for points and for boxes."""
-    model.eval()
-    loader = torch.utils.data.DataLoader(prompts, batch_size)
-    rows = [model(**{name: tensor.to(device) for name, tensor in batch.items()}) for batch in loader]
-    iou, is_box = (torch.cat([row[name] for row in rows]) for name in ("iou", "is_box"))
-    return {
-        "scenes": len(prompts),
-        "mean_iou_points": iou[~is_box].mean().item(),
-        "mean_iou_boxes": iou[is_box].mean().item(),
-    }
+    if args.process_index == 0:
+        count, decoder = (sum(w.numel() for w in part.parameters()) for part in (model.sam, model.sam.mask_decoder))
+        print(f"{count:,} parameters, {decoder:,} in the decoder")
+    return train_part(SamTrainer, model, args)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        (args,) = TrlParser((SamTrainingConfig,)).parse_args_and_config(arguments)
-        return train(args)
-    except (ValueError, OSError, ImportError, FloatingPointError, NoMemory) as error:
-        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return main_of(SamTrainingConfig, train, arguments)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,27 @@
 """What the trainings of the parts share: scenes on the disk, drawn from by seed and place, and a run that goes on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from trl import TrlParser
 
+from ..cli import refuse
+from ..data.manifest import write_json
 from ..processing_perceptio import IMAGENET_MEAN, IMAGENET_STD
-from ..training.checkpoints import SafeCheckpoints, checkpoints
-from ..training.guard import GuardedSteps
+from ..training.checkpoints import EXIT_CODES, SafeCheckpoints, checkpoints
+from ..training.guard import GuardedSteps, NoMemory
 from ..training.muon import MuonTraining
 from ..world.instances import InstanceSet, write_instances
 
 
 @dataclass
 class SceneArguments(TrainingArguments):
-    """transformers' `TrainingArguments` and the scenes."""
+    """transformers' `TrainingArguments` and the scenes; a subclass adds `side`, of their pictures."""
 
     scenes: int = field(default=12_000, metadata={"help": "to train on"})
     eval_scenes: int = field(default=300, metadata={"help": "held out"})
@@ -50,22 +54,59 @@ class SceneDraws(torch.utils.data.Dataset):
 
 
 class SceneTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, Trainer):
-    facts: tuple[str, ...] = ()  # arguments that a run must keep to go on
+    """facts: arguments that a run must keep to go on.  draws: what it trains on.  part: of the model, what is kept.
+    measure: figures from the model's outputs on batches of held-out scenes."""
+
+    facts: tuple[str, ...] = ()
+    draws: type[SceneDraws]
+    part: str
+    measure: Callable[[list[dict]], dict]
 
     def run_facts(self) -> dict:
         names = ("scenes", "learning_rate", "seed", "max_steps", "per_device_train_batch_size", "muon", *self.facts)
         return {name: str(getattr(self.args, name)) for name in names}
 
-    def train_or_go_on(self):
-        return self.train(resume_from_checkpoint=bool(checkpoints(Path(self.args.output_dir))) or None)
+
+def main_of(kind: type[SceneArguments], train: Callable[[SceneArguments], int], arguments: list[str] | None) -> int:
+    """The exit code of `train` with the arguments of a command line."""
+    try:
+        (args,) = TrlParser((kind,)).parse_args_and_config(arguments)
+        return train(args)
+    except (ValueError, OSError, ImportError, FloatingPointError, NoMemory) as error:
+        return refuse(error)
 
 
-def scene_sets(args: SceneArguments, side: int) -> tuple[InstanceSet, InstanceSet, int]:
+def train_part(trainer_class: type[SceneTrainer], model: nn.Module, args: SceneArguments) -> int:
+    """Train `model` on scenes, and write its part to `model/` with its figures on those held out; the exit code."""
+    out = Path(args.output_dir)
+    scenes, held_out, repeats = _scene_sets(args)
+    drawn, unseen = trainer_class.draws(scenes, args, repeats), trainer_class.draws(held_out, args)
+    trainer = trainer_class(model, args, train_dataset=drawn, eval_dataset=unseen)
+    trainer.train(resume_from_checkpoint=bool(checkpoints(out)) or None)
+    if trainer.interrupted is not None:
+        return EXIT_CODES[trainer.interrupted]
+    if trainer.is_world_process_zero():
+        getattr(model, trainer.part).save_pretrained(out / "model")
+        figures = {"scenes": len(unseen), **trainer.measure(outputs_on(unseen, model, args.device))}
+        write_json(out / "model" / "evaluation.json", figures)
+        print(figures)
+    return 0
+
+
+@torch.no_grad()
+def outputs_on(draws: SceneDraws, model: nn.Module, device, batch_size: int = 16) -> list[dict]:
+    """What the model returns for each batch."""
+    model.eval()
+    loader = torch.utils.data.DataLoader(draws, batch_size)
+    return [model(**{name: tensor.to(device) for name, tensor in batch.items()}) for batch in loader]
+
+
+def _scene_sets(args: SceneArguments) -> tuple[InstanceSet, InstanceSet, int]:
     """The scenes to train on, those held out, and how often the first must come for all steps."""
     folder = Path(args.output_dir) / "scenes"
-    scenes = write_instances(folder / "train", count=args.scenes, side=side, seed=args.seed)
+    scenes = write_instances(folder / "train", count=args.scenes, side=args.side, seed=args.seed)
     held_out = write_instances(
-        folder / "validation", split="validation", count=args.eval_scenes, side=side, seed=args.seed
+        folder / "validation", split="validation", count=args.eval_scenes, side=args.side, seed=args.seed
     )
     needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return scenes, held_out, max(1, -(-needed // len(scenes)))

@@ -11,19 +11,14 @@ held-out scenes in `evaluation.json`.
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel
-from trl import TrlParser
 
-from ..data.manifest import write_json
-from ..training.checkpoints import EXIT_CODES
-from ..training.guard import NoMemory
 from ..world.marks import LETTERS, draw_points, drawn_larger
 from .cells import NAMES, POINT, cell_figures, cell_loss, cell_truth, split_cells
-from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, scene_sets
+from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, main_of, train_part
 
 CELLS = 2  # along each side of a patch
 CLASSES = {**NAMES, "point": POINT}
@@ -114,7 +109,8 @@ class CellReader(nn.Module):
 
     def forward(self, pixel_values: Tensor, **truth: Tensor) -> dict[str, Tensor]:
         found = self.read(pixel_values)
-        return {"loss": cell_loss(found, truth), **cell_figures(found, truth)}
+        figures = {} if self.training else cell_figures(found, truth)
+        return {"loss": cell_loss(found, truth), **figures}
 
 
 @torch.no_grad()
@@ -140,48 +136,27 @@ def sine_positions(side: int, width: int) -> Tensor:
 
 class VisionTrainer(SceneTrainer):
     facts = ("side", "patch", "width", "layers", "heads")
+    draws, part = Cells, "tower"
+
+    @staticmethod
+    def measure(rows: list[dict]) -> dict[str, float]:
+        """Of the cells that show a thing or a mark, the share that is named right; of all, the share of depths within
+        a quarter (δ1 of depth 1 / (v + 0.1))."""
+        right = {}
+        for name in (*CLASSES, "depth"):
+            found, count = torch.stack([row[name] for row in rows]).sum(0).tolist()
+            right[name] = found / max(count, 1)
+        return right
 
 
 def train(args: VisionTrainingConfig) -> int:
-    scenes, held_out, repeats = scene_sets(args, args.side)
     torch.manual_seed(args.seed)
     model = CellReader(vision_config(args.side, args.patch, args.width, args.layers, args.heads))
-    trainer = VisionTrainer(
-        model, args, train_dataset=Cells(scenes, args, repeats), eval_dataset=Cells(held_out, args)
-    )
-    trainer.train_or_go_on()
-    if trainer.interrupted is not None:
-        return EXIT_CODES[trainer.interrupted]
-    if trainer.is_world_process_zero():
-        out = Path(args.output_dir)
-        model.tower.save_pretrained(out / "model")
-        figures = evaluate(model, Cells(held_out, args), args.device)
-        write_json(out / "model" / "evaluation.json", figures)
-        print(figures)
-    return 0
-
-
-@torch.no_grad()
-def evaluate(model: CellReader, cells: Cells, device, batch_size: int = 16) -> dict[str, float]:
-    """Of the cells that show a thing or a mark, the share that is named right; of all, the share of depths within a
-    quarter (δ1 of depth 1 / (v + 0.1))."""
-    model.eval()
-    loader = torch.utils.data.DataLoader(cells, batch_size)
-    rows = [model(**{name: tensor.to(device) for name, tensor in batch.items()}) for batch in loader]
-    right, asked = {}, (*CLASSES, "depth")
-    for name in asked:
-        found, count = torch.stack([row[name] for row in rows]).sum(0).tolist()
-        right[name] = found / max(count, 1)
-    return {"scenes": len(cells), **right}
+    return train_part(VisionTrainer, model, args)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        (args,) = TrlParser((VisionTrainingConfig,)).parse_args_and_config(arguments)
-        return train(args)
-    except (ValueError, OSError, ImportError, FloatingPointError, NoMemory) as error:
-        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return main_of(VisionTrainingConfig, train, arguments)
 
 
 if __name__ == "__main__":

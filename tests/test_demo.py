@@ -17,7 +17,7 @@ from PIL import Image
 
 import perceptio
 from perceptio import load_picture
-from perceptio.cli import _open_pipeline, build_parser, main
+from perceptio.cli import build_parser, main, open_pipeline
 from perceptio.demo import look as looks
 from perceptio.demo.look import BROKEN, LONGEST_QUESTION, look
 
@@ -26,7 +26,7 @@ DEMO = Path(perceptio.__file__).parent / "demo"
 
 @pytest.fixture(scope="module")
 def pipe(tiny_folder):
-    pipe = _open_pipeline(build_parser().parse_args(["demo", "--model", str(tiny_folder()), "--device", "cpu"]))
+    pipe = open_pipeline(build_parser().parse_args(["demo", "--model", str(tiny_folder()), "--device", "cpu"]))
     pipe.model.generation_config.max_new_tokens = 24
     return pipe
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from perceptio import PerceptioPipeline, load_picture
-from perceptio.cli import UNTRAINED, _open_pipeline, build_parser, main
+from perceptio.cli import UNTRAINED, build_parser, main, open_pipeline
 
 pytest.importorskip("gradio", reason='gradio is not installed: pip install "perceptio[demo]" (Pillow 12)')
 client, httpx = importlib.import_module("gradio_client"), importlib.import_module("httpx")
@@ -41,7 +41,7 @@ PALE = """() => {
 @pytest.fixture(scope="module")
 def pipe(tiny_folder):
     """Gives a mask however little its random weights believe in one."""
-    opened = _open_pipeline(build_parser().parse_args(["demo", "--model", str(tiny_folder()), "--device", "cpu"]))
+    opened = open_pipeline(build_parser().parse_args(["demo", "--model", str(tiny_folder()), "--device", "cpu"]))
     pipe = PerceptioPipeline(model=opened.model, processor=opened.processor, object_threshold=0.0)
     pipe.model.generation_config.max_new_tokens = 24
     return pipe

@@ -84,4 +84,4 @@ def depth_tokenizer(model: PerceptioForConditionalGeneration) -> DepthVQVAE | No
     """A copy of the model's depth tokenizer for the data, on the CPU."""
     if "depth" in model.missing_branches:
         return None
-    return copy.deepcopy(model.depth_model).to("cpu", torch.float32).eval()
+    return copy.deepcopy(model.depth_model).to("cpu", torch.float32).eval().requires_grad_(False)

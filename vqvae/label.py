@@ -10,13 +10,11 @@ killed run goes on and ends with the bytes of one that was not.  Pictures that h
 """
 
 import argparse
-import fcntl
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .. import DEFAULT_DEPTH_MODEL
@@ -246,11 +244,12 @@ def label_folder(
     """
     from tqdm import tqdm
 
+    from ..data.lock import only_one
     from ..data.manifest import write_json
 
     images, out = Path(images), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out):
+    with only_one(out / LOCK, f"another run is labelling into {out}: wait for it, or name another folder"):
         wanted = {**facts, "codebook": vqvae and vqvae.codebook_hash(), "batch_size": batch_size}
         _check_begun(out, wanted)
         names = list(find_pictures(images, out))
@@ -293,19 +292,6 @@ def _check_begun(out: Path, wanted: dict) -> None:
             f"{out} has a {own[0]} that this command did not write, expected a folder without: name another `--out`"
         )
     write_json(out / BEGUN, wanted)
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Two runs that append to one file would tear its lines.  A killed one gives the lock up."""
-    from ..data.record import DataError
-
-    with open(out / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"another run is labelling into {out}: wait for it, or name another folder") from error
-        yield
 
 
 def find_pictures(images: Path, out: Path) -> Iterator[str]:

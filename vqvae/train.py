@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from ..cli import refuse
 from ..configuration_perceptio import PerceptioDepthConfig
 from ..data.manifest import write_json
 from ..modeling_depth_vqvae import DepthVQVAE
@@ -427,8 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
         trainer = Trainer(parse(arguments))
         result = trainer.run()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(error)
     if trainer.main:
         print(json.dumps(result, indent=2))
         print(f"wrote {trainer.out / 'model'}")

@@ -48,7 +48,8 @@ def scene_instances(index: int, seed: int = 0, split: str = "train", side: int =
         if found is not None:
             places[:count] = found
             break
-    things = np.where(thing_map(scene) < MOST, thing_map(scene) + 1, 0)
+    indices = thing_map(scene)
+    things = np.where(indices < MOST, indices + 1, 0)
     return {
         "image": scene.rendering.image,
         "things": things.astype(np.uint8),

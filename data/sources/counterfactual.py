@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...cli import refuse
 from ...modeling_depth_vqvae import DepthVQVAE
 from ..card import write_card
 from ..depths import DepthError, decode_depth, nearness
@@ -118,8 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_shards(tqdm(found, unit=" records", disable=None), options.out, split=options.split, tally=tally)
         write_card(options.out)
     except (ValueError, OSError) as error:
-        print(f"perceptio: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(f"wrote {tally.kept} records to {options.out}\n{tally}")
     return 0
 
