@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from perceptio.training.muon import MATCHING, MOMENTUM, Muon, MuonTraining, muon_groups, orthogonal
+from perceptio.training.muon import Muon, MuonTraining, muon_groups
 
 
 class Model(nn.Module):
@@ -47,19 +47,8 @@ def test_only_matrices_of_hidden_layers_are_muons(model):
     assert names_of(model, vectors) == {"hidden.bias", "back.bias", "conv.bias"} and vectors["weight_decay"] == 0.0
 
 
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
-def test_an_orthogonal_matrix_keeps_its_directions_and_loses_their_sizes(shape):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonal(matrix)
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    sizes = torch.linalg.svdvals(found)
-    assert found.shape == matrix.shape and 0.6 < sizes.min() and sizes.max() < 1.3
-    along = torch.einsum("ij,ij->j", left, found @ right.T)
-    assert (along > 0.5).all()  # each direction of the matrix, and not its opposite
-
-
 def test_the_others_take_adamws_step(model):
-    """To the last digits, over several steps; a step on a matrix is as long as AdamW's usual one."""
+    """Over several steps; a step on a matrix is as long as AdamW's usual one, in all its directions."""
     twin = copy.deepcopy(model)
     ours = Muon(muon_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.98))
     groups = muon_groups(twin, 0.1)[1:]
@@ -80,11 +69,12 @@ def test_the_others_take_adamws_step(model):
         if seed == 0:
             decayed = before * (1 - 1e-2 * 0.1)
             moved = model.hidden.weight.detach() - decayed
-            assert 0.5 < moved.norm() / (1e-2 * MATCHING * moved.numel() ** 0.5) < 1.5
+            assert 0.5 < moved.norm() / (1e-2 * 0.2 * moved.numel() ** 0.5) < 1.5
+            sizes = torch.linalg.svdvals(moved)
+            assert sizes.median() > 0.4 * sizes.max()  # a few words do not span all of them
     for name, weight in model.named_parameters():
         same = torch.allclose(weight, dict(twin.named_parameters())[name], rtol=1e-5, atol=1e-7)
         assert same or name in ("hidden.weight", "back.weight"), name
-    assert 0 < MOMENTUM < 1
 
 
 class MuonTrainer(MuonTraining, Trainer):

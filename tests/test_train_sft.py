@@ -223,6 +223,22 @@ def test_four_bits(tmp_path, rows):
         load_model(model, PerceptioSFTConfig(str(tmp_path / "other"), full=True), qlora=True)
 
 
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_every_part_has_the_attention_that_is_fast_for_it(tiny_folder, tmp_path, train_vision):
+    args = PerceptioSFTConfig(str(tmp_path / "run"), full=True, train_vision=train_vision, use_cpu=True)
+    model = load_model(str(tiny_folder()), args)
+    chosen = {
+        name: part.config._attn_implementation
+        for name, part in model.named_modules()
+        if name in ("model.language_model", "model.vision_tower", "mask_model.mask_decoder.transformer")
+    }
+    assert chosen == {
+        "model.language_model": "sdpa",
+        "model.vision_tower": "eager" if train_vision else "sdpa",
+        "mask_model.mask_decoder.transformer": "eager",
+    }
+
+
 def test_what_a_published_size_takes_needs_no_file(tmp_path, capsys):
     recipe = ["--config", str(ROOT / "recipes" / "perceptio-8b.yaml"), "--output_dir", str(tmp_path / "run")]
     assert main([*recipe, "--model", "layout:8b", "--dry_run", "--gpus", "16", "--samples", "64000"]) == 0
