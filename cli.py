@@ -12,9 +12,7 @@ UNTRAINED = "This model is untrained: its weights are random, so mask, depth and
 
 
 def main(arguments: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):  # an answer may hold what the terminal's encoding has not
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    forgive_encodings()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
@@ -27,6 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("perceptio: stopped", file=sys.stderr)
         return 130
+
+
+def forgive_encodings() -> None:
+    """An answer or a sign may be none of the terminal's encoding: a question mark is printed for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def refuse(error: Exception) -> int:
@@ -123,7 +128,8 @@ def see(options) -> int:
     result = pipe(image=picture, text=question, perception=options.perception, max_new_tokens=options.max_new_tokens)
     untrained = bool(getattr(pipe.model.config, "untrained", False))
     if options.json:
-        print(json.dumps(_as_json(result, untrained), ensure_ascii=False))
+        whole = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")  # no question marks in what a program reads
+        print(json.dumps(_as_json(result, untrained), ensure_ascii=not whole))
     else:
         _print_result(result, options.perception, untrained)
     if options.out is not None:
@@ -148,6 +154,8 @@ def _check_target(path: Path) -> None:
         raise ValueError(f"--out {path} has no known picture ending: use .png or .jpg")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out {path}: the folder {path.parent} is not there")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--out {path}: the folder {path.parent} cannot be written, pass another")
 
 
 def add_model_arguments(parser) -> None:
@@ -157,6 +165,7 @@ def add_model_arguments(parser) -> None:
 
 
 def open_pipeline(options):
+    from huggingface_hub import constants
     from transformers import pipeline
 
     from perceptio import DEFAULT_MODEL, PerceptioForConditionalGeneration, PerceptioPipeline, PerceptioProcessor
@@ -168,8 +177,16 @@ def open_pipeline(options):
         )
     device = choose_device(options.device)
     print(f"loading {name} …", file=sys.stderr, flush=True)
-    model = PerceptioForConditionalGeneration.from_pretrained(name, dtype="auto")
-    processor = PerceptioProcessor.from_pretrained(name)
+    try:
+        model = PerceptioForConditionalGeneration.from_pretrained(name, dtype="auto")
+        processor = PerceptioProcessor.from_pretrained(name)
+    except OSError as error:
+        if error.errno is None or Path(name).is_dir():  # without a number it is a sentence of the library
+            raise
+        raise OSError(
+            f"{name} cannot be kept in the cache {constants.HF_HUB_CACHE} ({error}): set HF_HOME to a folder that can "
+            "be written and has room"
+        ) from error
     return pipeline("perceptio", model=model, processor=processor, pipeline_class=PerceptioPipeline, device=device)
 
 
@@ -251,7 +268,10 @@ def _write_picture(picture, question: str, path: str, result: dict, untrained: b
     depth = None if result["predicted_depth"] is None else result["predicted_depth"].numpy()
     notes = [UNTRAINED] if untrained else []
     drawn = draw_result(picture, question, result["generated_text"], masks=masks, depth=depth, notes=notes)
-    drawn.save(path)
+    try:
+        drawn.save(path)
+    except OSError as error:
+        raise OSError(f"--out {path} cannot be written ({error}): make room, or pass another") from error
 
 
 def doctor(options) -> int:

@@ -18,13 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from datasets import Dataset
 from huggingface_hub import HfApi
 from transformers import AutoProcessor, Trainer
-from trl import SFTConfig, SFTTrainer, TrlParser
 
-from perceptio.cli import refuse
+try:
+    import peft  # noqa: F401
+    from accelerate import PartialState
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer, TrlParser
+except ImportError as error:
+    raise ImportError(f'{error}: fine-tuning needs the extra "train": pip install "perceptio[train]"') from error
+
+from perceptio.cli import forgive_encodings, refuse
 from perceptio.losses_perceptio import COUNTED, COUNTS, DEFAULT_WEIGHTS, TERMS
 from perceptio.modeling_depth_vqvae import DepthVQVAE
 from perceptio.training.adapters import trainable_table
@@ -514,6 +519,7 @@ def fine_tune(run: RunArguments, config: PerceptioSFTConfig) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    forgive_encodings()
     try:
         return fine_tune(*parse(arguments))
     except (ValueError, OSError, ImportError, FloatingPointError, NoMemory) as error:

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from pycocotools import mask as coco
 
 from .manifest import sha256
+from .masks import coco
 from .record import DataError, Problem
 from .templates import PHRASE_SENTENCES, fill, has_control_token, number
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from datasets import DatasetInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .manifest import MANIFEST, read_manifest
@@ -62,6 +61,8 @@ def write_card(folder, name: str | None = None, overwrite: bool = False) -> Path
 
 def card_data(name: str, manifest: dict) -> DatasetCardData:
     """The front matter: what the Hub shows beside the data, and what `load_dataset` reads."""
+    from datasets import DatasetInfo
+
     splits = manifest["splits"]
     rows = sum(entry["rows"] for entry in splits.values())
     found = sorted({licence for _, licence, _ in _counted(splits)})

@@ -4,7 +4,11 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
+
+try:
+    from pycocotools import mask as coco
+except ImportError as error:
+    raise ImportError(f'{error}: masks need the extra "data": pip install "perceptio[data]"') from error
 
 MAX_MASK_PIXELS = 64_000_000
 MASK_THRESHOLD = 128  # of a soft edge, out of 255

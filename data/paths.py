@@ -62,7 +62,9 @@ def read_file(root: Path, name) -> bytes:
 
 
 def _nearest(path: Path) -> str:
-    """A remedy that names a file which differs in case or ending alone."""
+    """A remedy that names a file which differs in case or ending alone, or the separator of another system."""
+    if "\\" in path.name:
+        return "write / between folders"
     try:
         names = [entry.name for entry in os.scandir(path.parent)][:10_000]
     except (OSError, ValueError):

@@ -21,8 +21,12 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 
-from datasets import Features, Image, List, Value
 from PIL import Image as PIL
+
+try:
+    from datasets import Features, Image, List, Value
+except ImportError as error:
+    raise ImportError(f'{error}: data sets need the extra "data": pip install "perceptio[data]"') from error
 
 from ..processing_perceptio import PERCEPTION_MODES, PICTURE_FORMATS
 

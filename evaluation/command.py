@@ -52,7 +52,9 @@ def run(options) -> int:
 
         benchmark = open_benchmark(options.benchmark)
     except ImportError as error:
-        raise ImportError(f'{error}: evaluation needs the extra "eval": pip install "perceptio[eval]"') from error
+        raise ImportError(
+            f'{error.__cause__ or error}: evaluation needs the extra "eval": pip install "perceptio[eval]"'
+        ) from error
     names = ("limit", "batch_size", "perception", "max_new_tokens", "depth_codes")
     settings = Settings(split=options.split or benchmark.splits[0], **{name: getattr(options, name) for name in names})
     check_request(benchmark, settings, options.data)

@@ -57,7 +57,9 @@ def run(options) -> int:
         from .repository import Wish, build, guess_kind, list_all
         from .secrets_scan import scan_secrets
     except ImportError as error:
-        raise ImportError(f'{error}: pushing needs the extra "data": pip install "perceptio[data]"') from error
+        raise ImportError(
+            f'{error.__cause__ or error}: pushing needs the extra "data": pip install "perceptio[data]"'
+        ) from error
 
     kind = guess_kind(options.folder) if options.type is None else options.type
     if not options.folder.is_dir():

@@ -38,7 +38,8 @@ def scan_secrets(folder: Path, machine: Iterable[Path] = ()) -> list[str]:
     wanted = {kind: re.compile(pattern) for kind, pattern in KINDS.items()} | {
         f"the value of {name}": re.compile(re.escape(value.encode())) for name, value in _own_secrets()
     }
-    homes = {str(path).rstrip("/") + "/" for path in (Path.home(), *machine)} - {"/"}
+    home = os.path.expanduser("~")  # which stays `~` for a user without one
+    homes = {str(path).rstrip("/") + "/" for path in (home, *machine)} - {"/", "~/"}
     places = re.compile(b"|".join(re.escape(home.encode()) for home in sorted(homes)) or rb"(?!)")
     problems = []
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):

@@ -101,7 +101,9 @@ def run(options) -> int:
     try:
         return (_label_shards if shards else _label_pictures)(options, vqvae, device)
     except ImportError as error:
-        raise ImportError(f'{error}: labelling needs the extra "label": pip install "perceptio[label]"') from error
+        raise ImportError(
+            f'{error.__cause__ or error}: labelling needs the extra "label": pip install "perceptio[label]"'
+        ) from error
 
 
 def _say_licence(teacher: str) -> None:

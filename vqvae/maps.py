@@ -195,7 +195,9 @@ def _of_world(split: str, count: int | None, seed: int, side: int, workers: int 
     try:
         from ..world.maps import world_maps
     except ImportError as error:
-        raise ImportError(f'{error}: the world needs the extra "world": pip install "perceptio[world]"') from error
+        raise ImportError(
+            f'{error.__cause__ or error}: the world needs the extra "world": pip install "perceptio[world]"'
+        ) from error
     side_rendered = side * max(1, OVERSAMPLED // side)
     for depth in world_maps(count - done, seed, split, side_rendered, first=done, workers=workers):
         yield shrink(depth, side)

@@ -27,10 +27,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
+
+try:
+    from accelerate import Accelerator
+except ImportError as error:
+    raise ImportError(f'{error}: training needs the extra "depth": pip install "perceptio[depth]"') from error
 
 from ..cli import refuse
 from ..configuration_perceptio import PerceptioDepthConfig

@@ -56,7 +56,9 @@ def _records(options):
     try:
         from .records import WorldOptions, world_records
     except ImportError as error:
-        raise ImportError(f'{error}: the world needs the extra "world": pip install "perceptio[world]"') from error
+        raise ImportError(
+            f'{error.__cause__ or error}: the world needs the extra "world": pip install "perceptio[world]"'
+        ) from error
     if options.scenes < 1 or options.seed < 0:
         raise ValueError(f"`--scenes` is {options.scenes} and `--seed` {options.seed}, expected at least 1 and 0")
     settings = WorldOptions(
@@ -67,10 +69,11 @@ def _records(options):
 
 
 def run_build(options) -> int:
+    records = _records(options)
     from ..data.card import write_card
     from ..data.shards import write_shards
 
-    manifest = write_shards(_records(options), options.out, split=options.split, overwrite=options.overwrite)
+    manifest = write_shards(records, options.out, split=options.split, overwrite=options.overwrite)
     write_card(options.out, overwrite=True)
     entry = manifest["splits"][options.split]
     print(f"wrote {entry['rows']} records of {options.scenes} scenes to {options.out}")

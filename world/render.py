@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
-from embreex.mesh_construction import TriangleMesh
-from embreex.rtcore_scene import EmbreeScene
+
+try:
+    from embreex.mesh_construction import TriangleMesh
+    from embreex.rtcore_scene import EmbreeScene
+except ImportError as error:
+    raise ImportError(f'{error}: the world needs the extra "world": pip install "perceptio[world]"') from error
 
 from .shapes import Mesh
 from .surfaces import Surface, albedo, noise_at
