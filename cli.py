@@ -7,6 +7,8 @@ import socket
 import sys
 from pathlib import Path
 
+from .extras import extra
+
 MODES = ("seg+depth", "seg", "depth", "none")
 UNTRAINED = "This model is untrained: its weights are random, so mask, depth and answer mean nothing."
 
@@ -206,12 +208,10 @@ def choose_device(name: str):
 
 
 def serve(options) -> int:
-    try:
+    with extra("serve", "serving needs"):
         import uvicorn
 
         from perceptio.serving import Served, build_app
-    except ImportError as error:
-        raise ImportError(f'{error}: serving needs the extra "serve": pip install "perceptio[serve]"') from error
     with _listen(options.host, options.port) as listener:  # before the model: a wrong port costs no waiting
         pipe = open_pipeline(options)
         name = options.name or Path(pipe.model.name_or_path).name

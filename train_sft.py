@@ -21,13 +21,13 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoProcessor, Trainer
 
-try:
+from perceptio.extras import extra
+
+with extra("train", "fine-tuning needs"):
     import peft  # noqa: F401
     from accelerate import PartialState
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer, TrlParser
-except ImportError as error:
-    raise ImportError(f'{error}: fine-tuning needs the extra "train": pip install "perceptio[train]"') from error
 
 from perceptio.cli import forgive_encodings, refuse
 from perceptio.losses_perceptio import COUNTED, COUNTS, DEFAULT_WEIGHTS, TERMS

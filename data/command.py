@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from ..extras import extra
+
 EPILOG = """Examples:
   perceptio data check my_data
   perceptio data preview my_data --out page.html
@@ -40,11 +42,9 @@ def add_parser(commands) -> None:
 
 
 def _options(options) -> dict:
-    try:
+    with extra("data", "data sets need"):
         import datasets  # noqa: F401
         import pycocotools  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'{error}: data sets need the extra "data": pip install "perceptio[data]"') from error
     pairs = [pair.partition("=") for pair in options.column]
     wrong = next((pair for pair in pairs if not pair[0] or not pair[2]), None)
     if wrong:

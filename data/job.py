@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..cli import refuse
 from .engines import run_local, run_ray
 from .label import Labeller
 from .lock import only_one
@@ -181,8 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
             progress=True,
         )
     except (ValueError, OSError, ImportError) as error:
-        print(f"perceptio: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     for split, entry in manifest["splits"].items():
         tally = Tally(split).add(entry["tally"])
         print(tally)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..cli import refuse
 from .captions import CachedCaptioner, TemplateCaptioner, TransformersCaptioner
 from .joint import DEPTH_TURNS, EXPRESSIONS, MORE, Labeller, build_joint, labeller_from
 from .label import load_vqvae, teacher_from
@@ -139,8 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         manifest = _write(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"perceptio: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     entry = manifest["splits"][options.split]
     print(f"{entry['rows']} records; {entry['tally']['kept']} of {entry['tally']['read']} expressions kept")
     for reason, count in entry["tally"]["dropped"].items():

@@ -5,10 +5,10 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-try:
+from ..extras import extra
+
+with extra("data", "masks need"):
     from pycocotools import mask as coco
-except ImportError as error:
-    raise ImportError(f'{error}: masks need the extra "data": pip install "perceptio[data]"') from error
 
 MAX_MASK_PIXELS = 64_000_000
 MASK_THRESHOLD = 128  # of a soft edge, out of 255

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from PIL import Image as PIL
 
-try:
+from ..extras import extra
+
+with extra("data", "data sets need"):
     from datasets import Features, Image, List, Value
-except ImportError as error:
-    raise ImportError(f'{error}: data sets need the extra "data": pip install "perceptio[data]"') from error
 
 from ..processing_perceptio import PERCEPTION_MODES, PICTURE_FORMATS
 

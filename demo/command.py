@@ -3,6 +3,7 @@
 import argparse
 
 from ..cli import add_model_arguments, open_pipeline
+from ..extras import extra
 
 
 def add_parser(commands) -> None:
@@ -23,9 +24,7 @@ def add_parser(commands) -> None:
 def run(options) -> int:
     if options.port is not None and not 1 <= options.port <= 65535:
         raise ValueError(f"--port is {options.port}, expected 1 to 65535")
-    try:
+    with extra("demo", "the page needs"):
         from .page import build_page, serve
-    except ImportError as error:
-        raise ImportError(f'{error}: the page needs the extra "demo": pip install "perceptio[demo]"') from error
     serve(build_page(open_pipeline(options)), options.host, options.port)
     return 0

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from ..cli import MODES, UNTRAINED, add_model_arguments, open_pipeline
+from ..extras import extra
 from . import BENCHMARKS, CODES
 
 EPILOG = """Examples:
@@ -45,16 +46,12 @@ def add_parser(commands) -> None:
 
 
 def run(options) -> int:
-    try:
+    with extra("eval", "evaluation needs"):
         from .benchmark import open_benchmark
         from .predict import Predictor
         from .run import PAGE, Settings, check_request, run_benchmark, table
 
         benchmark = open_benchmark(options.benchmark)
-    except ImportError as error:
-        raise ImportError(
-            f'{error.__cause__ or error}: evaluation needs the extra "eval": pip install "perceptio[eval]"'
-        ) from error
     names = ("limit", "batch_size", "perception", "max_new_tokens", "depth_codes")
     settings = Settings(split=options.split or benchmark.splits[0], **{name: getattr(options, name) for name in names})
     check_request(benchmark, settings, options.data)

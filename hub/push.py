@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..extras import extra
+
 KINDS = ("model", "dataset", "space")
 EPILOG = """Examples:
   perceptio push build/run/model me/perceptio-cups --license apache-2.0 --dry-run
@@ -53,13 +55,9 @@ def add_parser(commands) -> None:
 
 
 def run(options) -> int:
-    try:
+    with extra("data", "pushing needs"):
         from .repository import Wish, build, guess_kind, list_all
         from .secrets_scan import scan_secrets
-    except ImportError as error:
-        raise ImportError(
-            f'{error.__cause__ or error}: pushing needs the extra "data": pip install "perceptio[data]"'
-        ) from error
 
     kind = guess_kind(options.folder) if options.type is None else options.type
     if not options.folder.is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..cli import refuse
 from ..data.manifest import write_json
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
@@ -129,8 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         release(options.run, options.folder, options.recipe)
     except (ValueError, OSError, KeyError, IndexError) as error:
-        print(f"perceptio: {options.run} does not hold a finished run: {error}", file=sys.stderr)
-        return 2
+        return refuse(ValueError(f"{options.run} does not hold a finished run: {error}"))
     print(f"wrote {options.folder}: {sum(file.stat().st_size for file in options.folder.rglob('*')) / 2**20:.1f} MiB")
     return 0
 

@@ -118,8 +118,7 @@ def build_model(folder: Path, out: Path, wish: Wish) -> None:
     if "base_model" in stated and "base_model" not in known:
         (out / CARD).unlink(missing_ok=True)
         write_json(out / CARD, known | {"base_model": stated["base_model"]})
-    for path in wish.results:
-        _add_results(folder, path, out)
+    _add_results(folder, wish.results, out)
     licence = _licence(folder, out, wish)
     if _is_by_hand(folder):
         _keep_card(folder, out, licence)
@@ -174,18 +173,19 @@ def _place_weights(folder: Path, out: Path, max_shard_size: str) -> None:
     write_shards(out, sizes, weights.__getitem__, limit)
 
 
-def _add_results(folder: Path, path: Path, out: Path) -> None:
+def _add_results(folder: Path, paths: tuple[Path, ...], out: Path) -> None:
     from ..evaluation.command import folder_hash
 
-    results = read_evaluation(path)
-    own = folder_hash(folder)
-    if results["settings"].get("model") != own:
-        raise ValueError(
-            f"{path} was measured on the model {results['settings'].get('model')}, expected {own}, which {folder} is: "
-            f"measure it with `perceptio eval {results['settings']['benchmark']} --model {folder}`"
-        )
-    (out / EVALUATIONS).mkdir(exist_ok=True)
-    write_json(out / EVALUATIONS / f"{file_stem(results)}.json", results)
+    own = folder_hash(folder) if paths else None  # reads all weights
+    for path in paths:
+        results = read_evaluation(path)
+        if results["settings"].get("model") != own:
+            raise ValueError(
+                f"{path} was measured on the model {results['settings'].get('model')}, expected {own}, which {folder} "
+                f"is: measure it with `perceptio eval {results['settings']['benchmark']} --model {folder}`"
+            )
+        (out / EVALUATIONS).mkdir(exist_ok=True)
+        write_json(out / EVALUATIONS / f"{file_stem(results)}.json", results)
 
 
 # Data sets and Spaces

@@ -3,6 +3,7 @@
 A finding names file, line and kind, never the secret itself.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -89,8 +90,6 @@ def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
 
 def _texts(path: Path) -> Iterator[bytes]:
     """The columns of text of a Parquet file, which are compressed in it, a row to a line."""
-    import json
-
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from ..cli import refuse
 from ..data.depths import DepthError
 from ..data.label import load_vqvae
 from ..data.manifest import write_json
@@ -181,8 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(out / "evaluation.json", result)
         draw(vqvae, maps[range(min(options.rows, len(maps)))]).save(out / "evaluation.png")
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"perceptio: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(json.dumps(result, indent=2))
     return 0
 

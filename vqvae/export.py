@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..cli import refuse
 from ..data.label import load_vqvae
 from ..data.manifest import write_json
 from ..hub.manifest import write_manifest
@@ -135,8 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         log = source.parent / "log.jsonl" if (source.parent / "log.jsonl").is_file() else source / CURVE
         export(vqvae, options.out, evaluation, training, picture, read_curve(log))
     except (ValueError, OSError) as error:
-        print(f"perceptio: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(f"wrote {options.out}: codebook {vqvae.config.codebook_hash}")
     return 0
 

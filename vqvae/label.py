@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .. import DEFAULT_DEPTH_MODEL
+from ..extras import extra
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 DEPTH_ENDINGS = (".png", ".tif", ".tiff", ".npy", ".exr")
@@ -98,12 +99,8 @@ def run(options) -> int:
 
     device = str(choose_device(options.device))
     _say_licence(options.teacher)
-    try:
+    with extra("label", "labelling needs"):
         return (_label_shards if shards else _label_pictures)(options, vqvae, device)
-    except ImportError as error:
-        raise ImportError(
-            f'{error.__cause__ or error}: labelling needs the extra "label": pip install "perceptio[label]"'
-        ) from error
 
 
 def _say_licence(teacher: str) -> None:

@@ -27,9 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..cli import refuse
 from ..data.depths import TOP, DepthError, decode_depth
 from ..data.label import fill_holes
 from ..data.manifest import write_json
+from ..extras import extra
 
 PART = 2000  # maps of one file
 NOTE, BEGUN = "maps.json", "maps.begun.json"
@@ -192,12 +194,8 @@ def _groups(items: Iterable, size: int) -> Iterator[list]:
 def _of_world(split: str, count: int | None, seed: int, side: int, workers: int | None, done: int) -> Iterator[Tensor]:
     if count is None or count < 1:
         raise ValueError(f"`count` is {count!r}, but the world has no end: say how many scenes to render")
-    try:
+    with extra("world", "the world needs"):
         from ..world.maps import world_maps
-    except ImportError as error:
-        raise ImportError(
-            f'{error.__cause__ or error}: the world needs the extra "world": pip install "perceptio[world]"'
-        ) from error
     side_rendered = side * max(1, OVERSAMPLED // side)
     for depth in world_maps(count - done, seed, split, side_rendered, first=done, workers=workers):
         yield shrink(depth, side)
@@ -255,8 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         facts = write_maps(**options, progress=True)
     except (ValueError, OSError, ImportError) as error:
-        print(f"perceptio: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(f"{options['out']}: {sum(size for _, size in facts['parts'])} maps of {facts['side']} pixels")
     return 0
 

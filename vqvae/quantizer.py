@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..extras import extra
 from ..modeling_depth_vqvae import DepthVQVAE
 
 SHARPNESS = 4.0  # of the distances to the codes, when a cell is asked which code it is
@@ -23,10 +24,8 @@ class LearnedCodebook(nn.Module):
 
     def __init__(self, num_codes: int, code_dim: int, *, decay: float, revive_below: float, processes: int = 1):
         super().__init__()
-        try:
+        with extra("depth", "training needs"):
             from vector_quantize_pytorch import VectorQuantize
-        except ImportError as error:
-            raise ImportError(f'{error}: training needs the extra "depth": pip install "perceptio[depth]"') from error
         self.inner = VectorQuantize(
             code_dim,
             codebook_size=num_codes,

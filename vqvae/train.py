@@ -31,10 +31,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-try:
+from ..extras import extra
+
+with extra("depth", "training needs"):
     from accelerate import Accelerator
-except ImportError as error:
-    raise ImportError(f'{error}: training needs the extra "depth": pip install "perceptio[depth]"') from error
 
 from ..cli import refuse
 from ..configuration_perceptio import PerceptioDepthConfig

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..extras import extra
+
 SPLITS = ("train", "validation", "test", "points3", "points4", "points5", "lure", "refer", "absent")
 EPILOG = """Examples:
   perceptio world build scenes --scenes 2000
@@ -53,12 +55,8 @@ def add_parser(commands) -> None:
 def _records(options):
     from tqdm import tqdm
 
-    try:
+    with extra("world", "the world needs"):
         from .records import WorldOptions, world_records
-    except ImportError as error:
-        raise ImportError(
-            f'{error.__cause__ or error}: the world needs the extra "world": pip install "perceptio[world]"'
-        ) from error
     if options.scenes < 1 or options.seed < 0:
         raise ValueError(f"`--scenes` is {options.scenes} and `--seed` {options.seed}, expected at least 1 and 0")
     settings = WorldOptions(

@@ -8,11 +8,11 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-try:
+from ..extras import extra
+
+with extra("world", "the world needs"):
     from embreex.mesh_construction import TriangleMesh
     from embreex.rtcore_scene import EmbreeScene
-except ImportError as error:
-    raise ImportError(f'{error}: the world needs the extra "world": pip install "perceptio[world]"') from error
 
 from .shapes import Mesh
 from .surfaces import Surface, albedo, noise_at
