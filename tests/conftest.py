@@ -6,13 +6,17 @@ import socket
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
+from hypothesis import settings
 from PIL import Image, ImageDraw
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 LOOPBACK = ("127.", "::1", "localhost", "/")
 
 
 # With several workers the files that take longest go first, so that none of them is left to one worker at the end.
-LONGEST = ("test_readme", "test_train_processes", "test_train_survival", "test_docs", "test_overfit", "test_job")
+LONGEST = ("test_environment", "test_overfit", "test_readme", "test_job", "test_docs", "test_train_processes")
 
 
 def pytest_collection_modifyitems(items):

@@ -257,7 +257,7 @@ def test_two_processes_do_not_write_one_cache(tmp_path):
     with CachedCaptioner(TemplateCaptioner(), tmp_path / "c.jsonl"):
         process = context.Process(target=_open, args=(tmp_path / "c.jsonl", answer))
         process.start()
-        assert "another process is writing" in answer.get(timeout=30)
+        assert "another process is writing" in answer.get(timeout=300)
         process.join()
 
 

@@ -1,7 +1,6 @@
 """The command line: answers, a picture worth looking at, and one line for wrong input."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -102,26 +101,6 @@ def test_doctor_finds_a_flipped_bit_and_a_pickle(tiny_folder, tmp_path, capsys):
     assert main(["doctor", "--verify", str(folder)]) == 0
 
 
-@pytest.mark.parametrize(
-    "surroundings",
-    [
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "tr_TR.UTF-8", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "7"},
-    ],
-)
-def test_locale_and_surroundings_do_not_matter(surroundings, tiny_folder, photo, tmp_path):
-    """Read-only home, another encoding: the answer of a random model holds every kind of letter."""
-    home = tmp_path / "home"
-    home.mkdir(mode=0o500)
-    command = ["see", str(photo), "Çok yakın?", "--model", str(tiny_folder()), "--max-new-tokens", "20"]
-    run = subprocess.run(
-        [sys.executable, "-m", "perceptio", *command], capture_output=True, timeout=100,
-        env={**os.environ, **surroundings, "HOME": str(home), "HF_HOME": str(home / "hf")},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr.decode(errors="replace")
-    assert UNTRAINED.encode() in run.stdout
-
-
 def test_the_module_is_the_command():
-    run = subprocess.run([sys.executable, "-m", "perceptio", "--help"], capture_output=True, text=True, timeout=100)
+    run = subprocess.run([sys.executable, "-m", "perceptio", "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "perceptio see photo.jpg" in run.stdout

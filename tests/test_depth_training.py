@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from warm import Warm, run
 
 from perceptio.data.depths import encode_depth
 from perceptio.data.label import load_vqvae
@@ -63,7 +63,8 @@ def recipe(tmp_path_factory, depth_folder):
 def whole(tmp_path_factory, recipe):
     """A run that nothing interrupts.  Sums over several threads are not the same to the last bit every time."""
     out = tmp_path_factory.mktemp("whole")
-    subprocess.run(command(recipe, out), check=True, capture_output=True, env=on_cpu())
+    done = run(command(recipe, out), env=on_cpu())
+    assert done.returncode == 0, done.stderr[-2000:]
     return out
 
 
@@ -77,7 +78,7 @@ def steps(out: Path) -> list[dict]:
 
 
 def command(recipe, out, *more) -> list[str]:
-    return [sys.executable, "-m", "perceptio.vqvae.train", "--config", str(recipe), "--out", str(out), *more]
+    return ["-m", "perceptio.vqvae.train", "--config", str(recipe), "--out", str(out), *more]
 
 
 def test_it_learns_and_ends_in_a_tokenizer_that_loads(whole):
@@ -100,16 +101,14 @@ def test_it_learns_and_ends_in_a_tokenizer_that_loads(whole):
 def test_a_run_that_is_killed_twice_has_the_same_curve_and_the_same_weights(whole, recipe, tmp_path):
     out = tmp_path / "killed"
     for wanted in (15, 40):  # once before there are codes at all, once while the cycle is trained
-        process = subprocess.Popen(
-            command(recipe, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=on_cpu()
-        )
+        process = Warm(command(recipe, out), env=on_cpu())
         while not ((out / "log.jsonl").is_file() and any(line["step"] >= wanted for line in curve_so_far(out))):
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert not (out / "model").exists()
-    subprocess.run(command(recipe, out), check=True, capture_output=True, env=on_cpu())
+    assert run(command(recipe, out), env=on_cpu()).returncode == 0
     assert curve(out) == curve(whole)
     for name in ("model.safetensors", "config.json", "evaluation.json"):
         assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
@@ -164,7 +163,7 @@ def test_two_processes_have_the_curve_of_one(recipe, tmp_path):
     assert main(["--config", str(recipe), "--out", str(tmp_path / "one"), *more]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launch, *command(recipe, tmp_path / "two", *more)[1:]], capture_output=True, text=True, env=on_cpu()
+        [*launch, *command(recipe, tmp_path / "two", *more)], capture_output=True, text=True, env=on_cpu()
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")

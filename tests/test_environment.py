@@ -118,7 +118,7 @@ def in_child(steps, cwd, environment: dict, *, absent=(), umask: int = 0o22, bef
         "steps": [{**s, "words": list(map(str, s["words"]))} for s in steps],
     }
     command = [*before, sys.executable, "-B", "-c", CHILD, json.dumps(plan)]
-    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=110)
+    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return [SimpleNamespace(**found) for found in json.loads(run.stdout.splitlines()[-1])]
 

@@ -55,7 +55,7 @@ print("RESULT" + json.dumps({
 def in_a_fresh_process(way: str, folder: Path, work: Path, picture: Path) -> dict:
     environment = {**os.environ, "HF_HOME": str(work / "home"), "HF_MODULES_CACHE": str(work / "modules")}
     command = [sys.executable, "-c", textwrap.dedent(CHILD), way, str(folder), str(work / "resaved"), str(picture)]
-    run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=110)
+    run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.split("RESULT")[1])
 

@@ -18,11 +18,12 @@ def watching(file, mode="r", *args, **kwargs):
     return original(file, mode, *args, **kwargs)
 builtins.open = watching
 {block}
+begin = time.perf_counter()
 {base}
 threads, start = threading.active_count(), time.perf_counter()
 import perceptio
 print(json.dumps({{"connections": connections, "written": [f for f in written if "perceptio" in f],
-    "threads": threading.active_count() - threads, "seconds": time.perf_counter() - start,
+    "threads": threading.active_count() - threads, "share": (time.perf_counter() - start) / (start - begin),
     "environment": sorted(k for k in os.environ if os.environ[k] != before.get(k) and "PERCEPTIO" in k.upper())}}))
 """
 # What any user of these parts of transformers has loaded already.
@@ -45,26 +46,30 @@ def imported(tmp_path, base: str = "", block: str = "") -> dict:
     environment = {**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
     code = WATCH.format(base=base, block=block)
     run = subprocess.run(
-        [sys.executable, "-B", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-B", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_it_opens_no_connection_writes_no_file_and_starts_no_thread(tmp_path):
-    found = imported(tmp_path, BASE)
+@pytest.fixture(scope="module")
+def beyond_transformers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("import")
+    return folder, imported(folder, BASE)
+
+
+def test_it_opens_no_connection_writes_no_file_and_starts_no_thread(beyond_transformers):
+    folder, found = beyond_transformers
     assert found["connections"] == [] and found["written"] == [] and found["threads"] == 0
-    assert found["environment"] == [] and list(tmp_path.iterdir()) == []
+    assert found["environment"] == [] and list(folder.iterdir()) == []
 
 
-def test_it_takes_less_than_a_second_beyond_transformers(tmp_path):
-    assert min(imported(tmp_path, BASE)["seconds"] for _ in range(2)) < 1
+def test_it_takes_little_beyond_transformers(beyond_transformers):
+    assert beyond_transformers[1]["share"] < 0.1
 
 
-@pytest.mark.parametrize(
-    "names", [["pycocotools", "torchvision"], ["torchao", "peft"], ["accelerate", "datasets", "trl"]]
-)
-def test_it_needs_no_optional_package(names, tmp_path):
+def test_it_needs_no_optional_package(tmp_path):
+    names = ["pycocotools", "torchvision", "torchao", "peft", "accelerate", "datasets", "trl"]
     imported(tmp_path, block=BLOCK.format(names=names))
 
 

@@ -93,14 +93,12 @@ def test_a_second_run_does_nothing_and_a_lost_shard_is_done_again(folder, expect
     assert files(tmp_path) == expected
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_of_which_one_is_killed_give_the_same_bytes(folder, expected, tmp_path):
     killer = Marker(kill_at="row-0013", once=str(tmp_path / "killed"))
     run_job(folder, tmp_path / "out", killer, workers=2, batch_size=2)
     assert (tmp_path / "killed").exists() and files(tmp_path / "out") == expected
 
 
-@pytest.mark.timeout(300)
 def test_two_workers_of_ray_of_which_one_is_killed_give_the_same_bytes(folder, expected, tmp_path):
     """About 20 s: Ray starts, and its workers import torch, one of them twice."""
     pytest.importorskip("ray", reason="Ray is not installed: the extra `label`")
@@ -154,7 +152,6 @@ def test_a_damaged_shard_is_named_and_the_others_are_done(tmp_path, expected):
     assert files(tmp_path / "out") == expected
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_a_shard_that_kills_every_worker_is_given_up_and_named(folder, tmp_path, monkeypatch):
     """About a minute: every pool of workers imports torch anew."""
@@ -171,7 +168,6 @@ class FromNowhere(Marker):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_workers_that_never_start_end_the_job(folder, tmp_path, monkeypatch):
     """About 15 s: two pools of workers import torch, and then cannot find the function."""
     nobody = types.ModuleType("module_of_nobody")
@@ -258,7 +254,6 @@ def test_the_command_ends_with_one_line_on_wrong_input(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_labelling_by_ray_and_by_one_process_gives_the_same_bytes(tmp_path):
     """About 25 s: as the command, with real models, in fresh processes."""
     pytest.importorskip("ray", reason="Ray is not installed: the extra `label`")

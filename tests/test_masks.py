@@ -22,7 +22,7 @@ from perceptio.data.masks import (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31 - 1), st.floats(0, 1))
 def test_decode_inverts_encode_and_the_area_is_counted_without_decoding(height, width, seed, share):
     mask = np.random.default_rng(seed).random((height, width)) < share
@@ -31,7 +31,7 @@ def test_decode_inverts_encode_and_the_area_is_counted_without_decoding(height, 
     assert area(rle) == mask.sum() == coco.area({**rle, "counts": rle["counts"].encode()})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=130), max_size=30))
 def test_any_text_as_run_lengths_is_read_or_refused(counts):
     try:

@@ -4,11 +4,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+import warm
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
@@ -24,9 +22,7 @@ def code(last: str = "") -> str:
 def run(text: str, folder: Path) -> str:
     (folder / "cells.py").write_text(text, encoding="utf-8")
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "cells.py"], cwd=folder, env=surroundings, capture_output=True, text=True, timeout=280
-    )
+    done = warm.run(["cells.py"], folder, surroundings)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -35,7 +31,6 @@ def default_model(folder: Path) -> str:
     return f"import pathlib, perceptio\nperceptio.DEFAULT_MODEL = pathlib.Path({str(folder)!r})"
 
 
-@pytest.mark.timeout(300)
 def test_it_runs_from_top_to_bottom_and_learns(tmp_path):
     end = "assert drawn.width > 600 and wall.getbbox()"
     printed = run(f"{default_model(tmp_path / 'nowhere')}\n{code()}\n{end}\n", tmp_path)

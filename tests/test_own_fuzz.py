@@ -33,7 +33,7 @@ ROWS = st.tuples(
     st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), JSON, max_size=4),
     st.sets(st.sampled_from(KEYS), max_size=2),
 )
-SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+SETTINGS = settings(suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.fixture(scope="module")

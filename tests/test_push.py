@@ -153,7 +153,7 @@ def test_a_stranger_pulls_what_was_trained(hub, rows, tmp_path):
     names = [f"me/{name}" for name in live]
     environment = hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PULL, *names, BASE]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     pulled = {}
     for line in done.stdout.splitlines():
@@ -177,7 +177,7 @@ def test_the_command_pushes_and_leaks_nothing(hub, rows, tmp_path):
                  "hub_token": TOKEN}  # fmt: skip
     command = [sys.executable, str(ROOT / "train_sft.py"), *spell(arguments)]
     environment = hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert hub.repositories["models", "me/run"].private and (tmp_path / "run" / "checkpoint-1").is_dir()
     assert hub.files("me/run") == written(tmp_path / "run" / "model")

@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,10 +13,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=110)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +25,6 @@ def workplace(tmp_path_factory):
     return folder
 
 
-@pytest.mark.timeout(400)
 def test_the_examples_run_in_order_and_print_what_the_readme_says(workplace):
     """Python and commands in the order in which a reader meets them."""
     steps = re.findall(r"```(python|bash)\n(.*?)```", README, flags=re.DOTALL)
@@ -38,14 +32,14 @@ def test_the_examples_run_in_order_and_print_what_the_readme_says(workplace):
     outputs, commands = [], 0
     for kind, text in steps:
         if kind == "python":
-            done = run([sys.executable, "-c", text], workplace)
+            done = run(["-c", text], workplace)
             assert done.returncode == 0, done.stderr
             outputs.append(done.stdout)
             continue
         for command in (line for line in text.splitlines() if line.startswith(("perceptio ", "python -m perceptio."))):
             words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
             words = ["-m", *words] if words[0] == "perceptio" else words[1:]
-            done = run([sys.executable, *words], workplace)
+            done = run(words, workplace)
             assert done.returncode == 0, (command, done.stderr)
             commands += 1
     assert outputs[0] == blocks("text")[0] and commands == 14

@@ -42,7 +42,7 @@ def address(tiny_folder):
     assert found, "the server ended before it listened"
     yield found[0]
     server.terminate()
-    server.communicate(timeout=30)
+    server.communicate()
 
 
 @pytest.fixture(scope="module")

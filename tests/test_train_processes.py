@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from toy_training import free_port
+from warm import Warm
 
 from perceptio.losses_perceptio import TERMS
 
@@ -27,14 +27,24 @@ FSDP2 = {
 
 
 def run(folder, out: Path, processes: int, **changes) -> tuple[list[dict], dict]:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
-    environment |= FSDP2 if changes.get("sharded") else {}
-    command = [sys.executable, *launcher, str(SCRIPT), str(folder), str(out), json.dumps(changes)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """In as many processes, each told its place as torchrun tells it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP2 if changes.get("sharded") else {})}
+    places, port = [{}], free_port()
+    if processes > 1:
+        places = [
+            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            for rank in range(processes)
+        ]  # fmt: skip
+    words = [SCRIPT, folder, out, json.dumps(changes)]
+    started = [Warm(words, env=environment | {name: str(value) for name, value in place.items()}) for place in places]
+    try:
+        for process in started:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in started:
+            process.kill()
     return json.loads((out / "lines.json").read_text()), load_file(out / "trained.safetensors")
 
 

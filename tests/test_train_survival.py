@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_samples import records, trainer_of
 from transformers.integrations import TensorBoardCallback
+from warm import Warm, run
 
 from perceptio.data.shards import write_shards
 from perceptio.training.checkpoints import checkpoints
@@ -36,20 +35,16 @@ def command(model, data, out, *more: str) -> list[str]:
                 "logging_steps": 1, "report_to": "none", "per_device_train_batch_size": 1, "max_steps": 40,
                 "gradient_checkpointing": False, "mask_points": 40, "learning_rate": "1e-2", "panels": 1}  # fmt: skip
     flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
-    return [sys.executable, str(ROOT / "train_sft.py"), *flags, *more]
+    return [str(ROOT / "train_sft.py"), *flags, *more]
 
 
-def start(*arguments) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+def start(*arguments) -> Warm:
+    return Warm(command(*arguments), env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def wait_for(out: Path, step: int, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 100
+def wait_for(out: Path, step: int, process: Warm) -> None:
     while not any(path.name == f"checkpoint-{step}" for path in checkpoints(out)):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[1][-2000:]
+        assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.02)
 
 
@@ -58,27 +53,26 @@ def curve(out: Path, steps: int) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in state["log_history"] if "loss" in line]
 
 
-@pytest.mark.timeout(300)
 def test_stopped_killed_and_taken_up_again(tiny_folder, shards, tmp_path):
     model, out = tiny_folder(), tmp_path / "run"
     process = start(model, shards, out)
     wait_for(out, 4, process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate()
     assert process.returncode == 75, errors[-2000:]
     process = start(model, shards, out)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate()
     assert process.returncode == 2 and "--resume" in errors.strip().splitlines()[-1]
     process = start(model, shards, out, "--resume")
     wait_for(out, 12, process)
     process.kill()
-    process.communicate(timeout=100)
+    process.communicate()
     process = start(model, shards, out, "--resume", "--eval_data", str(shards))
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]
     assert "eval_scenes_mask_iou" in output and f"wrote {out / 'model'}" in output
     whole = start(model, shards, tmp_path / "whole")
-    assert whole.wait(200) == 0
+    assert whole.wait() == 0
     assert curve(out, 40) == curve(tmp_path / "whole", 40) and len(curve(out, 40)) == 40
     ends = [load_file(folder / "model" / "adapter_model.safetensors") for folder in (out, tmp_path / "whole")]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -104,7 +98,7 @@ see = pipeline("perceptio", model={str(folder)!r}, pipeline_class=PerceptioPipel
 found = see(image={str(ROOT / "assets" / "cups.jpg")!r}, text="Which?", perception="seg+depth", max_new_tokens=20)
 print(json.dumps(dict(codes=found["depth_codes"], score=found["score"], untrained=see.model.config.untrained)))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    done = run(["-c", program], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.strip().splitlines()[-1])
     live = trainer.model.get_base_model() if how != "full" else trainer.model

@@ -35,7 +35,6 @@ def test_pictures_depth_and_every_answer_agree_with_the_geometry(place):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", PLACE_NAMES)
 def test_many_more_scenes_agree(place):
     check_place(place, range(100, 125))

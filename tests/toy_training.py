@@ -4,12 +4,12 @@ The processes are forked from one that has imported everything and done nothing;
 """
 
 import json
-import multiprocessing
 import os
 import resource
 import socket
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
+from warm import CONTEXT
 
 from perceptio.training.checkpoints import EXIT_CODES, SafeCheckpoints
 from perceptio.training.guard import GuardedSteps
@@ -152,11 +153,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(log: Path, *args, rank: int = 0, port: int | None = None, **kwargs) -> multiprocessing.Process:
+def start(log: Path, *args, rank: int = 0, port: int | None = None, **kwargs) -> BaseProcess:
     """A process that calls `train`; with a `port` it is one of two."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.trainer", "perceptio.training.checkpoints"])
-    process = context.Process(target=_body, args=(str(log), rank, port, args, kwargs), daemon=True)
+    process = CONTEXT.Process(target=_body, args=(str(log), rank, port, args, kwargs), daemon=True)
     process.start()
     return process
 
@@ -173,7 +172,7 @@ def _body(log: str, rank: int, port: int | None, args: tuple, kwargs: dict) -> N
     train(*args, **kwargs)
 
 
-def start_two(log: Path, *args, **kwargs) -> list[multiprocessing.Process]:
+def start_two(log: Path, *args, **kwargs) -> list[BaseProcess]:
     port = free_port()
     return [
         start(log.with_name(f"{log.name}.{rank}"), *args, rank=rank, port=port, ddp_backend="gloo", **kwargs)
@@ -181,7 +180,7 @@ def start_two(log: Path, *args, **kwargs) -> list[multiprocessing.Process]:
     ]
 
 
-def wait_for(condition, process, seconds: float = 30) -> None:
+def wait_for(condition, process, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.is_alive(), "the process ended too early"
@@ -189,7 +188,7 @@ def wait_for(condition, process, seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-def wait(process, seconds: float = 30) -> int:
+def wait(process, seconds: float = 300) -> int:
     process.join(seconds)
     assert process.exitcode is not None, "the process does not end"
     return process.exitcode
