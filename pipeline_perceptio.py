@@ -1,6 +1,10 @@
 """`pipeline("perceptio")`: pictures and questions in; answers, masks and depth maps out."""
 
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+
 from PIL import Image
+from torch.utils.data import Dataset
 from transformers import Pipeline
 
 from .generation_perceptio import PerceptionSpan
@@ -11,7 +15,8 @@ class PerceptioPipeline(Pipeline):
     """Answers questions about pictures and shows what the answer rests on.
 
     Inputs: `(image=…, text=…)`, a dict with these keys, a chat (list of messages), or a list or generator of either.
-    A picture is whatever `load_picture` takes; addresses only with `allow_urls=True`.
+    `image` and `text` may be many, too: lists give a list; a generator, a data set (`KeyDataset`) or a column of one
+    is read as it is needed.  A picture is whatever `load_picture` takes; addresses only with `allow_urls=True`.
 
     Result per input, every key always present and None for what was not asked for:
         generated_text: the answer alone.
@@ -64,6 +69,11 @@ class PerceptioPipeline(Pipeline):
 
     @staticmethod
     def _pairs(pictures, text):
+        if _is_stream(pictures) or _is_stream(text):
+            given = (pictures, text)
+            many = [_is_stream(values) or isinstance(values, (list, tuple)) for values in given]
+            columns = [values if several else repeat(values) for values, several in zip(given, many, strict=True)]
+            return ({"image": picture, "text": words} for picture, words in zip(*columns, strict=all(many)))
         if isinstance(text, str) and not isinstance(pictures, (list, tuple)):
             return {"image": pictures, "text": text}
         count = len(text) if not isinstance(text, str) else len(pictures)
@@ -188,3 +198,10 @@ class PerceptioPipeline(Pipeline):
 
 
 __all__ = ["PerceptioPipeline"]
+
+
+def _is_stream(values) -> bool:
+    """Many inputs that are not to be held all at once."""
+    if isinstance(values, (str, bytes, bytearray, memoryview, list, tuple)):
+        return False
+    return isinstance(values, (Dataset, Iterator, Sequence))

@@ -1,10 +1,12 @@
 """The pipeline: every way of calling it, and what comes back."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from perceptio import PerceptioPipeline
 
@@ -81,6 +83,22 @@ def test_a_generator_is_consumed_as_it_goes(see, picture):
     answers = see(questions(), max_new_tokens=12)
     next(iter(answers))
     assert len(drawn) <= 2
+
+
+def test_many_pictures_from_anywhere(see, picture, tmp_path):
+    """A column of a data set, the library's view of one, and a generator; with one question or one for each."""
+    pictures = [picture, picture.rotate(90, expand=True)]
+    table = datasets.Dataset.from_dict({"image": pictures, "words": ["What?", "Where?"]})
+    table = table.cast_column("image", datasets.Image())
+    expected = see(image=pictures, text=["What?", "Where?"], max_new_tokens=12)
+    for images in (table["image"], KeyDataset(table, "image"), (one for one in pictures)):
+        found = see(image=images, text=table["words"], max_new_tokens=12)
+        assert not isinstance(found, list)
+        assert all(same(*pair) for pair in zip(found, expected, strict=True))
+    found = list(see(KeyDataset(table, "image"), text="What?", batch_size=2, max_new_tokens=12))
+    assert len(found) == 2 and same(found[0], expected[0])
+    with pytest.raises(ValueError, match="shorter"):
+        list(see(image=iter(pictures), text=["What?"], max_new_tokens=12))
 
 
 @pytest.mark.parametrize(
