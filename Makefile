@@ -7,6 +7,7 @@ VENV ?= .venv
 MINUTES ?= 8.5
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
 DEMO := build/demo
 
 .PHONY: help demo test check docs bench depth tiny ablations gpu clean
@@ -27,7 +28,12 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/3] torch ($(TORCH)), unless one is there"
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	@echo "[3/3] perceptio and its development tools"
+	@echo "[3/3] perceptio"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	@echo "development tools"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
@@ -37,36 +43,36 @@ demo: $(INSTALLED)
 	@test -f $(DEMO)/model/manifest.json || $(BIN)/python -m perceptio.hub.untrained $(DEMO)/model
 	$(BIN)/perceptio see assets/cups.jpg "Which cup is closer?" --model $(DEMO)/model --max-new-tokens 140 --out $(DEMO)/result.png
 
-test: $(INSTALLED)
+test: $(DEVELOPED)
 	@echo "transformers' own common tests (fetched once)"
 	@if test -f tests/fetch_upstream.py; then $(BIN)/python tests/fetch_upstream.py; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-check: $(INSTALLED)
+check: $(DEVELOPED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@if test -f tests/fetch_upstream.py; then $(BIN)/python tests/fetch_upstream.py; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
-docs: $(INSTALLED)
+docs: $(DEVELOPED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	$(BIN)/zensical build --strict
 
-bench: $(INSTALLED)
+bench: $(DEVELOPED)
 	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-depth: $(INSTALLED)
+depth: $(DEVELOPED)
 	$(BIN)/python -m perceptio.vqvae.train --config recipes/depth/tiny.yaml --out build/depth-tiny
 	$(BIN)/python -m perceptio.vqvae.maps build/depth-tiny/maps/test --split test --count 1000 --side 80
 	$(BIN)/python -m perceptio.vqvae.export build/depth-tiny checkpoints/depth-tiny --maps build/depth-tiny/maps/test
 
-tiny: $(INSTALLED)
+tiny: $(DEVELOPED)
 	$(BIN)/python -m perceptio.hub.train_tiny
 
-ablations: $(INSTALLED)
+ablations: $(DEVELOPED)
 	$(BIN)/python bench/ablations.py --config recipes/ablations/tiny.yaml --tokens checkpoints/perceptio-tiny
 
-gpu: $(INSTALLED)
+gpu: $(DEVELOPED)
 	$(BIN)/python -m perceptio.hub.train_tiny --minutes $(MINUTES)
 	$(BIN)/python bench/gpu.py
 

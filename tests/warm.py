@@ -48,8 +48,8 @@ class Warm:
     def poll(self) -> int | None:
         return self.returncode
 
-    def wait(self, timeout: float | None = None) -> int | None:
-        self.process.join(timeout)
+    def wait(self) -> int | None:
+        self.process.join()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
