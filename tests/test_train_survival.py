@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -55,9 +56,10 @@ def curve(out: Path, steps: int) -> list[tuple]:
 
 def test_stopped_killed_and_taken_up_again(tiny_folder, shards, tmp_path):
     model, out = tiny_folder(), tmp_path / "run"
-    process = start(model, shards, out)
+    process = start(model, shards, out, "--dataloader_num_workers", "1")
     wait_for(out, 4, process)
-    process.send_signal(signal.SIGTERM)
+    for one in (*psutil.Process(process.pid).children(), process):  # as a scheduler does
+        one.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 75, errors[-2000:]
     process = start(model, shards, out)

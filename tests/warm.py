@@ -77,6 +77,7 @@ def _act(words: list[str], cwd: str, env: dict, out: Path, err: Path) -> None:
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None  # asks TMPDIR anew
+    multiprocessing.set_start_method(None, force=True)  # as where Python was started
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), number)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))

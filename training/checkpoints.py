@@ -18,6 +18,8 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,6 +123,14 @@ class SafeCheckpoints:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def get_train_dataloader(self):
+        """With processes that leave signals to this one: a scheduler, or a terminal, sends them to all at once."""
+        loader = super().get_train_dataloader()
+        base = getattr(loader, "base_dataloader", loader)  # accelerate's stands before torch's
+        if getattr(base, "num_workers", 0):
+            base.worker_init_fn = partial(_leave_signals, base.worker_init_fn)
+        return loader
 
     # Writing
 
@@ -253,6 +263,14 @@ class SafeCheckpoints:
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.state.best_model_checkpoint = best
+
+
+def _leave_signals(then: Callable[[int], None] | None, number: int) -> None:
+    """In a process that loads data: it ends when its trainer does."""
+    for one in EXIT_CODES:
+        signal.signal(one, signal.SIG_IGN)
+    if then is not None:
+        then(number)
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
