@@ -69,19 +69,16 @@ class PerceptioPipeline(Pipeline):
 
     @staticmethod
     def _pairs(pictures, text):
-        if _is_stream(pictures) or _is_stream(text):
-            given = (pictures, text)
-            many = [_is_stream(values) or isinstance(values, (list, tuple)) for values in given]
-            columns = [values if several else repeat(values) for values, several in zip(given, many, strict=True)]
-            return ({"image": picture, "text": words} for picture, words in zip(*columns, strict=all(many)))
-        if isinstance(text, str) and not isinstance(pictures, (list, tuple)):
+        given = (pictures, text)
+        streams = any(map(_is_stream, given))
+        many = [_is_stream(values) or isinstance(values, (list, tuple)) for values in given]
+        if not any(many):
             return {"image": pictures, "text": text}
-        count = len(text) if not isinstance(text, str) else len(pictures)
-        texts = [text] * count if isinstance(text, str) else list(text)
-        pictures = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures] * count
-        if len(texts) != len(pictures):
-            raise ValueError(f"{len(pictures)} pictures and {len(texts)} texts: pass as many of each, or one text")
-        return [{"image": picture, "text": text} for picture, text in zip(pictures, texts, strict=True)]
+        if not streams and all(many) and len(text) != len(pictures):
+            raise ValueError(f"{len(pictures)} pictures and {len(text)} texts: pass as many of each, or one text")
+        columns = [values if several else repeat(values) for values, several in zip(given, many, strict=True)]
+        pairs = ({"image": picture, "text": words} for picture, words in zip(*columns, strict=all(many)))
+        return pairs if streams else list(pairs)
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         """Lazy, in batches that the processor pads: the library's own collation knows no ragged pictures."""
@@ -197,11 +194,11 @@ class PerceptioPipeline(Pipeline):
         }
 
 
-__all__ = ["PerceptioPipeline"]
-
-
 def _is_stream(values) -> bool:
     """Many inputs that are not to be held all at once."""
     if isinstance(values, (str, bytes, bytearray, memoryview, list, tuple)):
         return False
     return isinstance(values, (Dataset, Iterator, Sequence))
+
+
+__all__ = ["PerceptioPipeline"]

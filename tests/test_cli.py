@@ -1,6 +1,7 @@
 """The command line: answers, a picture worth looking at, and one line for wrong input."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -99,6 +100,26 @@ def test_doctor_finds_a_flipped_bit_and_a_pickle(tiny_folder, tmp_path, capsys):
     (folder / "extra.pt").unlink()
     write_manifest(folder)
     assert main(["doctor", "--verify", str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "tr_TR.UTF-8", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "7"},
+    ],
+)
+def test_locale_and_surroundings_do_not_matter(surroundings, tiny_folder, photo, tmp_path):
+    """Read-only home, another encoding: the answer of a random model holds every kind of letter."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o500)
+    command = ["see", str(photo), "Çok yakın?", "--model", str(tiny_folder()), "--max-new-tokens", "20"]
+    run = subprocess.run(
+        [sys.executable, "-m", "perceptio", *command], capture_output=True,
+        env={**os.environ, **surroundings, "HOME": str(home), "HF_HOME": str(home / "hf")},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr.decode(errors="replace")
+    assert UNTRAINED.encode() in run.stdout
 
 
 def test_the_module_is_the_command():

@@ -22,6 +22,7 @@ from learning_samples import (
 )
 from own_samples import jpeg, png
 from torch.utils.data import DataLoader
+from warm import CONTEXT
 
 from perceptio.data.depths import encode_depth
 from perceptio.data.masks import decode_mask
@@ -387,10 +388,11 @@ def test_what_is_learned_is_what_the_sequence_says(collate, tiny):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_workers_make_the_same_batches(tiny):
+@pytest.mark.parametrize("context", ["fork", CONTEXT], ids=["fork", "forkserver"])
+def test_workers_make_the_same_batches(tiny, context):
     records = [*some_of_each(), record("bad", image=b"nothing", masks=[box()])]
     collate = collator_of(*tiny, on_error="skip")
-    loader = DataLoader(records, 3, num_workers=2, collate_fn=collate, multiprocessing_context="fork")
+    loader = DataLoader(records, 3, num_workers=2, collate_fn=collate, multiprocessing_context=context)
     batches = list(loader)
     assert [batch["sample_ids"] for batch in batches] == [
         ["both", "words", "mask"], ["absent", "depth", "codes"], ["picture"],

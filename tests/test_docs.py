@@ -63,7 +63,7 @@ class Reader:
         self.surroundings = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(self, words: list[str], **changes) -> str:
-        if changes:
+        if changes:  # of what the libraries read when they are imported
             surroundings = {**self.surroundings, **changes}
             command = [sys.executable, *words]
             done = subprocess.run(command, cwd=self.folder, env=surroundings, capture_output=True, text=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from toy_training import free_port
-from warm import Warm
+from warm import Warm, place
 
 from perceptio.losses_perceptio import TERMS
 
@@ -29,15 +29,9 @@ FSDP2 = {
 def run(folder, out: Path, processes: int, **changes) -> tuple[list[dict], dict]:
     """In as many processes, each told its place as torchrun tells it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP2 if changes.get("sharded") else {})}
-    places, port = [{}], free_port()
-    if processes > 1:
-        places = [
-            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            for rank in range(processes)
-        ]  # fmt: skip
-    words = [SCRIPT, folder, out, json.dumps(changes)]
-    started = [Warm(words, env=environment | {name: str(value) for name, value in place.items()}) for place in places]
+    port, words = free_port(), [SCRIPT, folder, out, json.dumps(changes)]
+    places = [place(rank, processes, port) for rank in range(processes)] if processes > 1 else [{}]
+    started = [Warm(words, env=environment | one) for one in places]
     try:
         for process in started:
             _, errors = process.communicate()

@@ -7,6 +7,7 @@ from learning_samples import SPAN, box, collator_of, load_tiny, record, slope, s
 from own_samples import good_row, jpeg, write_rows
 from shard_samples import folder_of, samples
 from torch.utils.data import DataLoader
+from warm import CONTEXT
 
 from perceptio.data.recipe import mix, read_recipe
 from perceptio.data.record import COLUMNS, FEATURES, DataError, assistant, user
@@ -93,9 +94,10 @@ def identity(records: list) -> list:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_workers_read_the_same_places(opened):
+@pytest.mark.parametrize("context", ["fork", CONTEXT], ids=["fork", "forkserver"])
+def test_workers_read_the_same_places(opened, context):
     dataset = opened.training(2)
-    loader = DataLoader(dataset, 4, num_workers=2, collate_fn=identity, multiprocessing_context="fork")
+    loader = DataLoader(dataset, 4, num_workers=2, collate_fn=identity, multiprocessing_context=context)
     assert [record for batch in loader for record in batch] == list(dataset)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
-from warm import CONTEXT
+from warm import CONTEXT, place
 
 from perceptio.training.checkpoints import EXIT_CODES, SafeCheckpoints
 from perceptio.training.guard import GuardedSteps
@@ -167,8 +167,7 @@ def _body(log: str, rank: int, port: int | None, args: tuple, kwargs: dict) -> N
     sys.stdout = sys.stderr = open(stream, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
     if port is not None:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+        os.environ.update(place(rank, 2, port))
     train(*args, **kwargs)
 
 

@@ -11,18 +11,11 @@ import runpy
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.pipelines", "perceptio.train_sft", "perceptio.pipeline_perceptio"])
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 class Warm:
@@ -63,13 +56,21 @@ class Warm:
         return tuple(file.read_text("utf-8") if file.exists() else "" for file in self.files)
 
 
-def run(words: list, cwd=None, env: dict | None = None) -> Done:
+def run(words: list, cwd=None, env: dict | None = None) -> CompletedProcess:
     process = Warm(words, cwd, env)
     try:
         out, err = process.communicate()
     finally:
         process.kill()
-    return Done(process.returncode, out, err)
+    return CompletedProcess(words, process.returncode, out, err)
+
+
+def place(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process of where it stands among others."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(number) for name, number in {**numbers, "MASTER_PORT": port}.items()} | {
+        "MASTER_ADDR": "127.0.0.1"
+    }
 
 
 def _act(words: list[str], cwd: str, env: dict, out: Path, err: Path) -> None:

@@ -124,9 +124,9 @@ class SafeCheckpoints:
             return
         super()._run_epoch(*args, **kwargs)
 
-    def get_train_dataloader(self):
+    def _get_dataloader(self, *args, **kwargs):
         """With processes that leave signals to this one: a scheduler, or a terminal, sends them to all at once."""
-        loader = super().get_train_dataloader()
+        loader = super()._get_dataloader(*args, **kwargs)
         base = getattr(loader, "base_dataloader", loader)  # accelerate's stands before torch's
         if getattr(base, "num_workers", 0):
             base.worker_init_fn = partial(_leave_signals, base.worker_init_fn)

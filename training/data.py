@@ -83,15 +83,20 @@ class _TableReader:
         return as_told(record, entry)
 
 
-def _with_records(places: list[tuple[int, int]], read) -> Dataset:
-    first, second = zip(*places, strict=True)
-    dataset = Dataset.from_dict({"first": list(first), "second": list(second)})
+class _Columns:
+    """Pairs of places → columns of their records; a class, since loading processes that are not forks are sent it."""
 
-    def fetch(batch: dict) -> dict:
-        records = [read(*pair) for pair in zip(batch["first"], batch["second"], strict=True)]
+    def __init__(self, read: _Reader | _TableReader):
+        self.read = read
+
+    def __call__(self, batch: dict) -> dict:
+        records = [self.read(*pair) for pair in zip(batch["first"], batch["second"], strict=True)]
         return {column: [record[column] for record in records] for column in COLUMNS}
 
-    return dataset.with_transform(fetch)
+
+def _with_records(places: list[tuple[int, int]], read: _Reader | _TableReader) -> Dataset:
+    first, second = zip(*places, strict=True)
+    return Dataset.from_dict({"first": list(first), "second": list(second)}).with_transform(_Columns(read))
 
 
 def as_recipe(spec: str, split: str) -> Recipe:
