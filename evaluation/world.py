@@ -56,11 +56,14 @@ class World(Benchmark):
     def _questions(record: dict, tally: Tally) -> Iterator[Item]:
         asked = json.loads(record["extra"]).get("questions", [])
         masks = {mask["turn"]: mask for mask in record["masks"]}
-        if record["source"] != "world" or not len(asked) == len(masks) == len(record["messages"]) / 2:
+        if record["source"] != "world" or len(asked) != len(record["messages"]) / 2 or not asked:
             tally.drop("not of the world", record["id"])
             return
         for number, question in enumerate(asked):
             text, answer = (message["content"] for message in record["messages"][2 * number : 2 * number + 2])
+            if 2 * number + 1 not in masks:
+                tally.drop("a further question without a mask of its own", f"{record['id']}/{number}")
+                continue
             mask = {key: masks[2 * number + 1][key] for key in ("size", "counts")}
             truth = {"split": record["split"], "kind": question["kind"], "answer": answer, "mask": mask}
             if question["kind"] == "points":

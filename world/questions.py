@@ -38,12 +38,12 @@ DESCRIBE = ("Describe the picture.", "What is in this picture?", "What do you se
 
 @dataclass
 class Question:
-    """kind names what is asked; mask bool[H, W] what it is about, all False when that is not there."""
+    """kind names what is asked; mask bool[H, W] what it is about, all False when that is not there, None for no mask."""
 
     kind: str
     text: str
     answer: str
-    mask: np.ndarray
+    mask: np.ndarray | None
     extra: dict = field(default_factory=dict)
     image: np.ndarray | None = None  # the picture with marks, where the question needs them
 
@@ -81,7 +81,8 @@ class Asker:
         return Question("points", QUESTION, f"({letters[0]})", discs(places, self.shape), extra, image)
 
     def about_points(self, asked: Question, count: int) -> list[Question]:
-        """Up to `count` further questions about the points of such a question: how near one is, or which of two."""
+        """Up to `count` further questions about the points of such a question: how near one is, or which of two.
+        They have no mask of their own: rings teach nothing of masks."""
         places, letters = asked.extra["points"], list(asked.extra["points"])
         value = {letter: self.inverse[y, x] for letter, (x, y) in places.items()}
         found: dict[str, Question] = {}
@@ -92,8 +93,7 @@ class Asker:
             else:
                 shown = [str(letter) for letter in self.rng.permutation(letters)[:2]]
                 text, answer = PAIR.format(*shown), f"({max(shown, key=value.get)})"
-            mask = discs([places[letter] for letter in shown], self.shape)
-            found[text] = Question("near" if len(shown) == 1 else "pair", text, answer, mask, {"letters": shown})
+            found[text] = Question("near" if len(shown) == 1 else "pair", text, answer, None, {"letters": shown})
         return list(found.values())
 
     # Parts

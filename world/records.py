@@ -109,9 +109,11 @@ def _record(asker: Asker, rng, name: str, split: str, questions: list[Question],
     image = questions[0].image if questions[0].image is not None else scene.rendering.image
     messages, masks = [], []
     for turn, question in enumerate(questions):
-        mode = "seg+depth" if turn == 0 or options.second_depth else "seg"
-        messages += [user(question.text), assistant(question.answer, mode)]
-        masks.append({"turn": 2 * turn + 1, **encode_mask(question.mask)})
+        parts = ["seg"] if question.mask is not None else []
+        parts += ["depth"] if turn == 0 or options.second_depth else []
+        messages += [user(question.text), assistant(question.answer, "+".join(parts) or "none")]
+        if question.mask is not None:
+            masks.append({"turn": 2 * turn + 1, **encode_mask(question.mask)})
     extra = {"place": scene.place, "questions": [{"kind": q.kind, **q.extra} for q in questions]}
     return make_record(
         id=name,
