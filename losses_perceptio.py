@@ -19,6 +19,7 @@ COUNTED = {
     "seg_dice_loss": "masks",
     "seg_object_loss": "objects",
     "seg_iou_loss": "masks",
+    "seg_point_loss": "masks",
     "depth_marker_loss": "spans",
     "depth_token_loss": "spans",
     "depth_count_loss": "spans",
@@ -29,7 +30,7 @@ TERMS = tuple(COUNTED)
 # records with an answer.
 COUNTS = ("tokens", "words", "masks", "objects", "spans", "answers")
 DEFAULT_WEIGHTS = {**dict.fromkeys(TERMS, 1.0), "answer_loss": 0.0, "seg_bce_loss": 2.0, "seg_dice_loss": 0.5,
-                   "seg_object_loss": 0.5, "seg_iou_loss": 0.1}  # fmt: skip
+                   "seg_object_loss": 0.5, "seg_iou_loss": 0.1, "seg_point_loss": 0.0}  # fmt: skip
 IGNORED = -100
 LOGIT_BYTES = 1 << 27  # of the logits that exist at one time
 
@@ -220,6 +221,20 @@ def seg_object_loss(logits: Tensor, present: Tensor) -> Tensor:
 def seg_iou_loss(predicted: Tensor, found: Tensor) -> Tensor:
     """Squared error of the IoU that SAM2 predicts for each of its candidates: both float[M, C] → float[M]."""
     return (predicted - found.detach()).square().mean(-1)
+
+
+def seg_point_loss(prompts: Tensor, points: Tensor) -> Tensor:
+    """How far prompt embeddings are from those of points within the masks, squared: both float[M, D_sam] → float[M]."""
+    kind = at_least_float32(prompts.dtype)
+    return (prompts.to(kind) - points.detach().to(kind)).square().mean(-1)
+
+
+def inner_places(masks: Tensor) -> Tensor:
+    """A pixel deep inside each mask: bool[M, h, w] → int[M, 2], (x, y); of an empty mask, the first."""
+    shares = masks.float()[:, None]
+    around = sum(F.avg_pool2d(shares, side, stride=1, padding=side // 2) for side in (3, 7, 15))
+    deepest = (around * shares).flatten(1).argmax(-1)
+    return torch.stack([deepest % masks.shape[-1], deepest // masks.shape[-1]], -1)
 
 
 def mask_iou(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

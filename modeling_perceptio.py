@@ -35,12 +35,14 @@ from .losses_perceptio import (
     depth_recon_loss,
     depth_token_loss,
     head_cross_entropy,
+    inner_places,
     mask_iou,
     sample_points,
     seg_bce_loss,
     seg_dice_loss,
     seg_iou_loss,
     seg_object_loss,
+    seg_point_loss,
     total_loss,
 )
 from .modeling_depth_vqvae import DepthVQVAE
@@ -424,10 +426,12 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         count, present = len(rows), targets["mask_present"]
         if count:
             features = targets.get("sam_features") or self.encode_pictures(targets["sam_pixel_values"])
-            logits, ious, objects = self._candidates(states[rows, columns], features, targets["mask_images"])
+            prompts = self._prompts(states[rows, columns])
+            logits, ious, objects = self._candidates(prompts, features, targets["mask_images"])
         else:
-            idle = self._candidates(states[0, :1].detach(), self._idle_features(states, targets), [0])
-            logits, ious, objects = (output[:0] for output in idle)
+            prompts = self._prompts(states[0, :1].detach())
+            idle = self._candidates(prompts, self._idle_features(states, targets), [0])
+            prompts, logits, ious, objects = (output[:0] for output in (prompts, *idle))
         gold = targets["mask_labels"].to(logits.dtype)  # [M, h, w]
         intersection, union = mask_iou(logits, gold[:, None])
         found = intersection / union.clamp(min=1)  # [M, candidates]
@@ -441,6 +445,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             "seg_dice_loss": seg_dice_loss(points, golden).sum(),
             "seg_object_loss": seg_object_loss(objects, present).sum(),
             "seg_iou_loss": seg_iou_loss(ious[present], found[present]).sum(),
+            "seg_point_loss": seg_point_loss(prompts, self._point_prompts(gold, prompts))[present].sum(),
         }
         figures = {
             "mask_iou": _share(overlap[present].sum(), present.sum()),
@@ -596,21 +601,24 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         states: float[M, D], last hidden states at `[SEG]`.
         features: from `encode_pictures`;  images: int[M], the picture (row of the features) of each state.
         """
-        logits, ious, objects = self._candidates(states, features, images)
+        logits, ious, objects = self._candidates(self._prompts(states), features, images)
         best = ious.argmax(-1)
         rows = torch.arange(len(best), device=best.device)
         return MaskOutput(
             mask_logits=logits[rows, best], mask_scores=ious[rows, best], object_scores=objects.sigmoid()
         )
 
-    def _candidates(self, states: Tensor, features, images) -> tuple[Tensor, Tensor, Tensor]:
-        """SAM2's candidates for each state: mask logits float[M, C, h, w], their IoUs float[M, C], and the logit of
-        the thing being there float[M]."""
+    def _prompts(self, states: Tensor) -> Tensor:
+        """Hidden states at [SEG] → prompt embeddings float[M, D_sam], where and in what SAM2's decoder computes."""
         self._require("mask")
+        place, like = self.seg_projector.linear_1.weight, self.mask_model.mask_decoder.iou_token.weight
+        return self.seg_projector(states.to(place.device, place.dtype)).to(like.device, like.dtype)
+
+    def _candidates(self, prompts: Tensor, features, images) -> tuple[Tensor, Tensor, Tensor]:
+        """SAM2's candidates for each prompt embedding: mask logits float[M, C, h, w], their IoUs float[M, C], and the
+        logit of the thing being there float[M]."""
         model, decoder = self.mask_model, self.mask_model.mask_decoder
         weight = decoder.iou_token.weight
-        projector = self.seg_projector.linear_1.weight
-        prompts = self.seg_projector(states.to(projector.device, projector.dtype)).to(weight.device, weight.dtype)
         images = torch.as_tensor(images, device=weight.device)
         fine, middle, coarse = (maps.to(weight.device, weight.dtype) for maps in features)
         fine, middle = decoder.conv_s0(fine), decoder.conv_s1(middle)
@@ -628,6 +636,13 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         )  # [M, 1, candidates, h, w], [M, 1, candidates], _, [M, 1, 1]
         kind = at_least_float32(logits.dtype)
         return logits[:, 0].to(kind), ious[:, 0].to(kind), objects[:, 0, 0].to(kind)
+
+    def _point_prompts(self, masks: Tensor, like: Tensor) -> Tensor:
+        """SAM2's own embedding of a point deep inside each mask: 0/1 float[M, h, w] → float[M, D_sam]."""
+        places = inner_places(masks).to(like.device, like.dtype) * 4 + 1.5  # the middle of a pixel of stride 4
+        labels = torch.ones(len(places), 1, 1, device=like.device, dtype=torch.int32)
+        with torch.no_grad():
+            return self.mask_model.prompt_encoder(places[:, None, None], labels, None, None)[0][:, 0, 0]
 
     def _empty_prompt(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """SAM2's embeddings of "no point, no box, no mask", to which the state at `[SEG]` is one more token."""

@@ -11,7 +11,9 @@ import os
 import re
 import threading
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -689,6 +691,10 @@ class PerceptioProcessor(ProcessorMixin):
     def escape_control_tokens(self, text: str) -> str:
         """`text` with a noncharacter inside each control token, which the processor then reads as plain text."""
         return self._escape(text)
+
+    def escaper(self) -> Callable[[str], str]:
+        """`escape_control_tokens` for many texts: the tokenizer is asked for its control tokens once."""
+        return partial(self._escape, pattern=self._pattern())
 
     def _control_tokens(self) -> dict[str, int]:
         """Special tokens and those the tokenizer lists, by id; longer ones first, so that none hides another."""

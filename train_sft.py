@@ -107,6 +107,10 @@ class PerceptioSFTConfig(SFTConfig):
     seg_iou_weight: float = field(
         default=DEFAULT_WEIGHTS["seg_iou_loss"], metadata={"help": "of the IoU that SAM2 predicts for its masks"}
     )
+    seg_point_weight: float = field(
+        default=DEFAULT_WEIGHTS["seg_point_loss"],
+        metadata={"help": "of [SEG]'s prompt being that of a point within the mask; for a language model that is new"},
+    )
     depth_marker_weight: float = field(
         default=DEFAULT_WEIGHTS["depth_marker_loss"], metadata={"help": "of the two ends of the depth span"}
     )
@@ -127,6 +131,10 @@ class PerceptioSFTConfig(SFTConfig):
     resume_anyway: bool = field(default=False, metadata={"help": "go on although the recipe has changed"})
     muon: bool = field(
         default=False, metadata={"help": "with `full`: Muon for the matrices of hidden layers, AdamW for the rest"}
+    )
+    compiled: bool = field(
+        default=False,
+        metadata={"help": "torch.compile of the language model's layers while training; set `pad_to_multiple_of` too"},
     )
     answer_first: bool = field(default=False, metadata={"help": "perception behind the answer, for comparisons alone"})
     panels: int = field(default=4, metadata={"help": "pictures with their predictions at each evaluation"})
@@ -211,6 +219,7 @@ class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTraine
                 on_error=args.on_error,
                 features=features,
                 answer_first=args.answer_first,
+                pad_to_multiple_of=args.pad_to_multiple_of,
             )
         peft_config = prepare_training(model, args, peft_config)
         args.ddp_find_unused_parameters = False  # every process has the same graph, whatever its batch holds
@@ -225,6 +234,9 @@ class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTraine
             **kwargs,
         )
         cast_trained(self.model)
+        if args.compiled:
+            for layer in base.model.language_model.layers:
+                layer.compile()
         self.model_accepts_loss_kwargs = True  # the loss is divided by the counts of the whole step
         self._tallies = {mode: defaultdict(lambda: torch.zeros(2, device=args.device)) for mode in ("train", "eval")}
         self._micro, self.current_sample_ids = 0, []
@@ -328,6 +340,7 @@ class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTraine
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
+    @torch.compiler.set_stance("force_eager")  # its batches are none of those that layers were compiled for
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -47,26 +47,26 @@ def render(record: dict, processor, codes: list[int] | None = None, answer_first
     answer_first: perception comes behind the answer's words, as it is not meant to; for comparisons.
     """
     codes = record.get("depth_codes") if codes is None else codes
-    messages, first = [], True
+    messages, first, escape = [], True, processor.escaper()
     for turn, message in enumerate(record["messages"]):
         if message["role"] == "assistant":
-            content = _answer(record, turn, processor, codes, answer_first)
+            content = _answer(record, turn, processor, escape, codes, answer_first)
         else:
-            content = processor.escape_control_tokens(message["content"])
+            content = escape(message["content"])
             if first and message["role"] == "user" and record["image"] is not None:
                 content, first = [{"type": "image"}, {"type": "text", "text": content}], False
         messages.append({"role": message["role"], "content": content})
     return processor.apply_chat_template(messages, tokenize=False, sanitize_control_tokens=False)
 
 
-def _answer(record: dict, turn: int, processor, codes: list[int] | None, answer_first: bool) -> str:
+def _answer(record: dict, turn: int, processor, escape, codes: list[int] | None, answer_first: bool) -> str:
     message = record["messages"][turn]
     mode, content = message["perception"] or "none", message["content"]
     offsets = [mask["offset"] for mask in record["masks"] if mask["turn"] == turn and mask["offset"] != OPENING]
     if answer_first and offsets:
         raise DataError(f"record {record['id']!r} has a [SEG] within its answer, which cannot come before perception")
     cuts = [0, *offsets, len(content)]
-    pieces = [processor.escape_control_tokens(content[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [escape(content[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
     opening = SEG_TOKEN if "seg" in mode else ""
     if "depth" in mode:
         if codes is None:

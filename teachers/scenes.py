@@ -26,6 +26,7 @@ class SceneArguments(TrainingArguments):
     scenes: int = field(default=12_000, metadata={"help": "to train on"})
     eval_scenes: int = field(default=300, metadata={"help": "held out"})
     muon: bool = field(default=True, metadata={"help": "Muon for the matrices of hidden layers, not AdamW"})
+    compiled: bool = field(default=False, metadata={"help": "torch.compile while training; a CPU needs a C++ compiler"})
     remove_unused_columns: bool = False
 
     def __post_init__(self):
@@ -82,6 +83,8 @@ def train_part(trainer_class: type[SceneTrainer], model: nn.Module, args: SceneA
     scenes, held_out, repeats = _scene_sets(args)
     drawn, unseen = trainer_class.draws(scenes, args, repeats), trainer_class.draws(held_out, args)
     trainer = trainer_class(model, args, train_dataset=drawn, eval_dataset=unseen)
+    if args.compiled:
+        model.compile()
     trainer.train(resume_from_checkpoint=bool(checkpoints(out)) or None)
     if trainer.interrupted is not None:
         return EXIT_CODES[trainer.interrupted]
@@ -98,7 +101,8 @@ def outputs_on(draws: SceneDraws, model: nn.Module, device, batch_size: int = 16
     """What the model returns for each batch."""
     model.eval()
     loader = torch.utils.data.DataLoader(draws, batch_size)
-    return [model(**{name: tensor.to(device) for name, tensor in batch.items()}) for batch in loader]
+    with torch.compiler.set_stance("force_eager"):  # compiling anew would take longer than these few batches
+        return [model(**{name: tensor.to(device) for name, tensor in batch.items()}) for batch in loader]
 
 
 def _scene_sets(args: SceneArguments) -> tuple[InstanceSet, InstanceSet, int]:

@@ -1,6 +1,7 @@
 """All losses of a batch: each against plain logits and masks, in float64, and nothing from what is not there."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -22,11 +23,11 @@ from learning_samples import (
 
 from perceptio.data.record import assistant, user
 from perceptio.data.sequence import IGNORED
-from perceptio.losses_perceptio import COUNTED, COUNTS, DEFAULT_WEIGHTS, TERMS, depth_count_loss, sample_points
+from perceptio.losses_perceptio import COUNTED, COUNTS, DEFAULT_WEIGHTS, TERMS, depth_count_loss, inner_places, sample_points
 from perceptio.training.adapters import thaw
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-MASK_TERMS = ("seg_bce_loss", "seg_dice_loss", "seg_object_loss", "seg_iou_loss")
+MASK_TERMS = ("seg_bce_loss", "seg_dice_loss", "seg_object_loss", "seg_iou_loss", "seg_point_loss")
 DEPTH_TERMS = ("depth_marker_loss", "depth_token_loss", "depth_count_loss", "depth_recon_loss")
 
 
@@ -135,11 +136,13 @@ def plainly(model, batch) -> dict:
         features = model.encode_pictures(targets["sam_pixel_values"][picture : picture + 1])
         state = output.last_hidden_state[row, column][None]
         chosen = model.decode_masks(state, features, [0])
-        candidates, ious, _ = model._candidates(state, features, [0])
+        prompt = model.seg_projector(state)
+        candidates, ious, _ = model._candidates(prompt, features, [0])
         there, gold = targets["mask_present"][index], targets["mask_labels"][index]
         sums["seg_object_loss"] -= torch.log(chosen.object_scores if there else 1 - chosen.object_scores)[0]
         if not there:
             continue
+        sums["seg_point_loss"] += (prompt[0] - point_embedding(model, inner_places(gold[None])[0])).square().mean()
         seed = targets["mask_seeds"][index : index + 1]
         logits, points = sample_points(chosen.mask_logits, gold[None].double(), seed, targets["mask_points"])
         prob, points = logits[0].sigmoid(), points[0]
@@ -148,6 +151,13 @@ def plainly(model, batch) -> dict:
         found = [((c > 0) & gold).sum().double() / ((c > 0) | gold).sum() for c in candidates[0]]
         sums["seg_iou_loss"] += sum((iou - one) ** 2 for iou, one in zip(ious[0], found, strict=True)) / len(found)
     return sums
+
+
+def point_embedding(model, place) -> torch.Tensor:
+    """As SAM2 embeds a click in the middle of that pixel of stride 4."""
+    clicked = (4 * place + 2).double() / model.config.mask_image_size
+    turns = 2 * math.pi * (2 * clicked - 1) @ model.mask_model.shared_image_embedding.positional_embedding
+    return torch.cat([turns.sin(), turns.cos()]) + model.mask_model.prompt_encoder.point_embed.weight[1]
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,14 @@ from perceptio.losses_perceptio import (
     depth_recon_loss,
     depth_token_loss,
     head_cross_entropy,
+    inner_places,
     mask_iou,
     sample_points,
     seg_bce_loss,
     seg_dice_loss,
     seg_iou_loss,
     seg_object_loss,
+    seg_point_loss,
     total_loss,
 )
 from perceptio.modeling_perceptio import PerceptioForConditionalGeneration
@@ -419,6 +421,24 @@ def test_the_predicted_iou_follows_the_one_that_was_found():
     loss = seg_iou_loss(predicted, found)
     loss.sum().backward()
     assert loss.tolist() == [0.625] and predicted.grad.tolist() == [[-0.5, 1.0]] and found.grad is None
+
+
+def test_the_prompt_is_drawn_to_that_of_a_point():
+    prompts, points = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[0.0, 4.0]], requires_grad=True)
+    loss = seg_point_loss(prompts, points)
+    loss.sum().backward()
+    assert loss.tolist() == [2.5] and prompts.grad.tolist() == [[1.0, -2.0]] and points.grad is None
+
+
+def test_a_place_deep_inside_of_a_mask():
+    """Never the middle of a ring's hole or of two things; of two things it is in the larger."""
+    masks = torch.zeros(4, 20, 30, dtype=torch.bool)
+    masks[0, 4:17, 6:25] = True
+    masks[1, 2:9, 2:9], masks[1, 12:15, 20:23] = True, True
+    masks[2, 3:18, 5:20], masks[2, 6:15, 8:17] = True, False
+    places = inner_places(masks).tolist()
+    assert abs(places[0][0] - 15) <= 2 and abs(places[0][1] - 10) <= 1
+    assert places[1] == [5, 5] and masks[2, places[2][1], places[2][0]] and places[3] == [0, 0]
 
 
 def test_intersection_and_union_in_pixels():

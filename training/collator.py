@@ -36,6 +36,7 @@ class PerceptioCollator:
     on_error: "stop" raises where a record cannot be used; "skip" leaves it out and says so in `skipped`.
     features: SAM2's features of pictures, in place of the pictures.
     answer_first: perception behind the answer, for comparisons.
+    pad_to_multiple_of: of the length of a batch's sequences, for compiled layers, which want few lengths.
 
     Besides what the model takes, a batch has `sample_ids` and `skipped`, which the trainer takes out.
     """
@@ -52,12 +53,13 @@ class PerceptioCollator:
         on_error: str = "stop",
         features: FeatureCache | None = None,
         answer_first: bool = False,
+        pad_to_multiple_of: int | None = None,
     ):
         if on_error not in ("stop", "skip"):
             raise ValueError(f'`on_error` is {on_error!r}, expected "stop" or "skip"')
         self.processor, self.config, self.depth_model = processor, config, depth_model
         self.max_length, self.mask_points, self.on_error, self.features = max_length, mask_points, on_error, features
-        self.answer_first = answer_first
+        self.answer_first, self.pad_to_multiple_of = answer_first, pad_to_multiple_of or 1
         self.images_kwargs = {} if max_tiles is None else {"max_patches": max_tiles}
 
     def __call__(self, records: list[dict]) -> dict:
@@ -164,6 +166,7 @@ class PerceptioCollator:
         sequences = [sample["sequence"] for sample in samples] or [self._nothing()]
         pad = self.processor.tokenizer.pad_token_id
         longest = max(len(sequence.input_ids) for sequence in sequences)
+        longest += -longest % self.pad_to_multiple_of
         ids, labels = [torch.full((len(sequences), longest), fill) for fill in (pad, IGNORED)]
         mask = torch.zeros_like(ids)
         for row, sequence in enumerate(sequences):

@@ -32,10 +32,10 @@ def load_model(name, args, qlora: bool = False) -> PerceptioForConditionalGenera
 
 def cpu_attention(args) -> dict[str, str]:
     """The faster one for each part, in bfloat16: torch's fused attention takes less than half the time over the length
-    of a chat, and as much as ten times the time backward over SAM2's windows."""
+    of a chat, unless that is compiled, and as much as ten times the time backward over SAM2's windows."""
     return {
         "": "eager",
-        "text_config": "sdpa",
+        "text_config": "eager" if args.compiled else "sdpa",
         "vision_config": "eager" if args.train_vision else "sdpa",
         "mask_config": "eager",
     }
