@@ -38,6 +38,7 @@ class SamTrainingConfig(SceneArguments):
     width: int = field(default=48, metadata={"help": "of the encoder's first stage; it doubles from stage to stage"})
     blocks: list[int] = field(default_factory=lambda: [1, 2, 5, 2], metadata={"help": "of each stage"})
     decoder_width: int = field(default=128, metadata={"help": "of the features and of the mask decoder"})
+    start: str | None = field(default=None, metadata={"help": "folder of a trained segmenter to go on from"})
     label_names: list[str] | None = field(default_factory=lambda: ["masks"])
 
     def __post_init__(self):
@@ -136,11 +137,16 @@ class PromptedSam(nn.Module):
         for module in self.sam.modules():  # the library's small start is for fine-tuning
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 module.reset_parameters()
-
+        self.tell_places_alike()
         width = config.mask_decoder_config.hidden_size
         together = width // 8 + width // 4 + width  # of the three maps of features that the mask decoder reads
         self.heads = nn.Linear(together, 2 * GROUP_WIDTH + sum(NAMES.values()) + 1)
         self.group_bias = nn.Parameter(torch.tensor(-3.0))
+
+    def tell_places_alike(self) -> None:
+        """Places of prompts and of the picture in the same numbers, as published ones have them: the library draws
+        those of a new model twice, and no attention then finds the place of a prompt."""
+        self.sam.prompt_encoder.shared_embedding.load_state_dict(self.sam.shared_image_embedding.state_dict())
 
     def cells_loss(self, features: list[Tensor], things: Tensor, truth: dict[str, Tensor]) -> Tensor:
         """Many small questions a picture, from which the encoder learns what few prompts teach slowly: what every cell
@@ -194,6 +200,9 @@ class SamTrainer(SceneTrainer):
 def train(args: SamTrainingConfig) -> int:
     torch.manual_seed(args.seed)
     model = PromptedSam(sam_config(args.side, args.width, args.blocks, args.decoder_width))
+    if args.start is not None:
+        model.sam.load_state_dict(Sam2Model.from_pretrained(args.start).state_dict())
+        model.tell_places_alike()
     if args.process_index == 0:
         count, decoder = (sum(w.numel() for w in part.parameters()) for part in (model.sam, model.sam.mask_decoder))
         print(f"{count:,} parameters, {decoder:,} in the decoder")

@@ -156,7 +156,7 @@ def plainly(model, batch) -> dict:
 def point_embedding(model, place) -> torch.Tensor:
     """As SAM2 embeds a click in the middle of that pixel of stride 4."""
     clicked = (4 * place + 2).double() / model.config.mask_image_size
-    turns = 2 * math.pi * (2 * clicked - 1) @ model.mask_model.shared_image_embedding.positional_embedding
+    turns = 2 * math.pi * (2 * clicked - 1) @ model.mask_model.prompt_encoder.shared_embedding.positional_embedding
     return torch.cat([turns.sin(), turns.cos()]) + model.mask_model.prompt_encoder.point_embed.weight[1]
 
 

@@ -534,7 +534,7 @@ def test_the_sum_of_all_losses_by_hand():
     counts = torch.tensor([10.0, 8.0, 2.0, 4.0, 5.0, 3.0])
     weights = {term: 10.0**i for i, term in enumerate(TERMS)}
     loss, parts = total_loss(sums, counts, weights)
-    expected = [1 / 10, 2 / 8, 3 / 2, 4 / 2, 5 / 4, 6 / 2, 7 / 5, 8 / 5, 9 / 5, 10 / 5]
+    expected = [1 / 10, 2 / 8, 3 / 2, 4 / 2, 5 / 4, 6 / 2, 7 / 2, 8 / 5, 9 / 5, 10 / 5, 11 / 5]
     assert [parts[term].item() for term in TERMS] == pytest.approx(expected)
     assert loss.item() == pytest.approx(sum(part * 10**i for i, part in enumerate(expected)))
 
