@@ -1,7 +1,7 @@
 """What every part of Perceptio brings: the same run without it, and answers after depth codes that are not its own.
 
     python bench/ablations.py --config recipes/ablations/tiny.yaml --out build/ablations
-    python bench/ablations.py --tokens checkpoints/perceptio-tiny --data build/held-out --out build/ablations
+    python bench/ablations.py --tokens checkpoints/perceptio-tiny --data build/tiny/held-out --out build/ablations
 
 The first trains and measures every variant of the configuration with every seed, the second asks a trained model the
 closest-point questions with its own codes, with random and constant ones, those of another picture, and those of the
@@ -76,7 +76,7 @@ def measure(model: Path, data: str, splits: list[str], limit: int | None, out: P
 
 
 def closest(splits: dict) -> float | None:
-    """The mean share of closest points that were found, over the splits that ask for them."""
+    """The share of closest points that were found, in percent as `perceptio eval` writes it: the mean of the splits."""
     found = [splits[name]["closest point"]["value"] for name in CLOSEST if name in splits]
     return statistics.fmean(found) if found else None
 
@@ -119,9 +119,9 @@ def table(results: dict) -> str:
         lines.append(f"| {name} | {_spread(values)} | {change} | {len(values)} | {PUBLISHED.get(name, '')} |")
     if "codes" in results:
         lines += ["", "| codes in the span | closest point | against its own | published |", "|---|---|---|---|"]
-        own = 100 * closest(results["codes"]["with"]["own"])
+        own = closest(results["codes"]["with"]["own"])
         for codes, splits in results["codes"]["with"].items():
-            value = 100 * closest(splits)
+            value = closest(splits)
             change = "" if codes == "own" else f"{value - own:+.1f}"
             lines.append(f"| {codes} | {value:.1f} | {change} | {PUBLISHED_CODES.get(codes, '')} |")
     return "\n".join(lines)
@@ -129,7 +129,7 @@ def table(results: dict) -> str:
 
 def _values(results: dict, name: str) -> list[float]:
     found = (closest(splits) for splits in results.get("variants", {}).get(name, {}).values())
-    return [100 * value for value in found if value is not None]
+    return [value for value in found if value is not None]
 
 
 def _spread(values: list[float]) -> str:
@@ -142,7 +142,7 @@ def plot(results: dict) -> str:
     groups = [
         ("trained without a part", {name: _values(results, name) for name in results.get("variants", {})}),
         ("trained whole, other codes in the span",
-         {codes: [100 * closest(splits)] for codes, splits in results.get("codes", {}).get("with", {}).items()}),
+         {codes: [closest(splits)] for codes, splits in results.get("codes", {}).get("with", {}).items()}),
     ]  # fmt: skip
     left, width, row, top = 200, 420, 26, 34
     parts, y = [], top
@@ -179,7 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="variants to train, as recipes/ablations/tiny.yaml")
     parser.add_argument("--tokens", type=Path, metavar="DIR", help="trained model whose codes are replaced")
-    parser.add_argument("--data", default="build/held-out", help="scenes that --tokens asks about")
+    parser.add_argument("--data", default="build/tiny/held-out", help="scenes that --tokens asks about")
     parser.add_argument("--limit", type=int, default=300, help="questions of a split that --tokens asks")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "ablations")
     options = parser.parse_args()

@@ -26,16 +26,16 @@ def config(request):
     return yaml.safe_load((request.config.rootpath / "recipes" / "ablations" / "tiny.yaml").read_text("utf-8"))
 
 
-def split(share: float) -> dict:
-    return {"closest point": {"value": share, "n": 10}}
+def split(percent: float) -> dict:
+    return {"closest point": {"value": percent, "n": 10}}
 
 
 @pytest.fixture
 def results():
-    seeds = {"0": {"points3": split(0.9), "lure": split(0.8), "refer": {"cIoU": {"value": 0.7, "n": 5}}},
-             "1": {"points3": split(0.8), "lure": split(0.7)}}  # fmt: skip
-    without = {"0": {"points3": split(0.5), "lure": split(0.5)}}
-    codes = {"own": {"points3": split(0.85)}, "random": {"points3": split(0.4)}}
+    seeds = {"0": {"points3": split(90.0), "lure": split(80.0), "refer": {"cIoU": {"value": 70.0, "n": 5}}},
+             "1": {"points3": split(80.0), "lure": split(70.0)}}  # fmt: skip
+    without = {"0": {"points3": split(50.0), "lure": split(50.0)}}
+    codes = {"own": {"points3": split(85.0)}, "random": {"points3": split(40.0)}}
     return {"variants": {"all": seeds, "no depth span": without}, "codes": {"with": codes}}
 
 
