@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessorList,
     Sam2Model,
 )
+from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
@@ -55,22 +56,16 @@ OWN_PARTS = ("seg_projector", "mask_model", "depth_model")
 
 
 @dataclass
-class PerceptioCausalLMOutput(ModelOutput):
-    """
+class PerceptioCausalLMOutput(InternVLCausalLMOutputWithPast):
+    """InternVL's output, with the names that the installed transformers has for the cache and the pictures, and more.
+
     loss: float[], next-token cross-entropy when `labels` were given; with `targets`, the weighted sum of all losses.
     logits: float[B, L, V], or the last `logits_to_keep` positions; never made with `targets`.
     last_hidden_state: float[B, L, D], what `[SEG]` is read from.
-    image_hidden_states: float[T, tokens, D], the projected picture tiles.
     losses: with `targets`, each unweighted term: what this batch adds to its mean over `targets["counts"]`.
     figures: with `targets`, (sum, count) of each accuracy of this batch.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
     last_hidden_state: Tensor | None = None
     losses: dict[str, Tensor] | None = None
     figures: dict[str, Tensor] | None = None
@@ -311,24 +306,27 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         sam_pixel_values: Tensor | None = None,
         original_sizes: Tensor | None = None,
         targets: dict | None = None,
+        cache=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PerceptioCausalLMOutput | tuple:
         """The language side alone: what a decoding step needs, at InternVL's cost.  With `targets`, all losses.
 
         pixel_values: float[T, 3, H, W], all tiles of the batch in the order of their placeholders.
+        past_key_values, cache: one thing, by its name before transformers 5.24 and since.
         labels: int[B, L], -100 where nothing is to be learned.
         targets: the masks and depth to be learned, as `perceptio.training.collator` makes them.
         sam_pixel_values, original_sizes: taken, so that all the processor's output can be passed, and not used here.
         """
-        if mm_encoder_outputs is not None:
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        if past_key_values is not None and cache is not None:
+            raise ValueError("`past_key_values` and `cache` are names of one thing: pass the one of your transformers")
+        versioned = {"past_key_values": past_key_values, "cache": cache, "mm_encoder_outputs": mm_encoder_outputs}
+        kwargs |= {name: value for name, value in versioned.items() if value is not None}
         idle = 0.0 if targets is None or pixel_values is not None else self._idle_picture()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             return_dict=True,
             **kwargs,
@@ -343,15 +341,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        output = PerceptioCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            last_hidden_state=states,
-        )
+        output = PerceptioCausalLMOutput(loss=loss, logits=logits, **outputs)
         wants_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return output if wants_dict else output.to_tuple()
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from perceptio.generation_perceptio import parse_span
 from perceptio.hub.tiny import tiny_config
@@ -267,6 +268,19 @@ def test_forward_takes_everything_the_processor_returns(model):
     plain = model(**{k: v for k, v in inputs.items() if k != "sam_pixel_values"}, labels=inputs["input_ids"])
     assert torch.equal(output.logits, plain.logits) and output.loss == plain.loss
     assert output.last_hidden_state.shape == (1, inputs["input_ids"].shape[1], 32)
+
+
+def test_a_cache_goes_in_and_out_by_the_name_that_the_installed_transformers_has_for_it(model):
+    inputs = make_batch("none").inputs
+    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[40]])], 1), "attention_mask": None}
+    start = model(**inputs)
+    name = "cache" if "cache" in start else "past_key_values"
+    last = model(input_ids=longer["input_ids"][:, -1:], **{name: start[name]})
+    torch.testing.assert_close(last.logits, model(**longer).logits[:, -1:])
+    ids = model.generate(**inputs, **{name: DynamicCache()}, max_new_tokens=4)
+    assert torch.equal(ids, model.generate(**inputs, max_new_tokens=4))
+    with pytest.raises(ValueError, match="names of one thing"):
+        model(**inputs, past_key_values=DynamicCache(), cache=DynamicCache())
 
 
 def test_nan_weights_name_the_step(model):
