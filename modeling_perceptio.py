@@ -184,7 +184,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             self.seg_projector = SegProjector(config)
             self.mask_model = Sam2Model(config.mask_config)
         if "depth" in branches:
-            self.depth_model = DepthVQVAE(config.depth_config)
+            self.depth_model = DepthVQVAE(config.depth_config).float()
         self.missing_branches = frozenset(BRANCHES) - set(branches)
         absent = [rf"^{part}\." for branch in sorted(self.missing_branches) for part in BRANCHES[branch]]
         self._keys_to_ignore_on_load_unexpected = [*absent, rf"(^|\.){RECORD}$"]

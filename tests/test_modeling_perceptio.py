@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache
 
 from perceptio.generation_perceptio import parse_span
 from perceptio.hub.tiny import tiny_config
@@ -281,6 +281,12 @@ def test_a_cache_goes_in_and_out_by_the_name_that_the_installed_transformers_has
     assert torch.equal(ids, model.generate(**inputs, max_new_tokens=4))
     with pytest.raises(ValueError, match="names of one thing"):
         model(**inputs, past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+def test_a_model_that_is_made_in_half_precision_keeps_the_depth_branch_exact():
+    model = AutoModelForImageTextToText.from_config(CONFIG, dtype=torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert {weight.dtype for weight in model.depth_model.state_dict().values()} == {torch.float32}
 
 
 def test_nan_weights_name_the_step(model):
