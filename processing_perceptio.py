@@ -12,7 +12,7 @@ import re
 import threading
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from io import BytesIO
 from itertools import groupby
@@ -1035,7 +1035,7 @@ def _as_chats(conversation) -> tuple[list[list[dict]], bool]:
 
 
 def _as_message(message, chat: int, turn: int) -> dict:
-    where = f"message {turn} of conversation {chat}"
+    where, message = f"message {turn} of conversation {chat}", _as_plain(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{where} is {message!r:.80}, expected {{'role': …, 'content': …}}")
     content = message.get("content")
@@ -1046,6 +1046,17 @@ def _as_message(message, chat: int, turn: int) -> dict:
     elif not isinstance(content, str):
         raise ValueError(f"the content of {where} is {type(content).__name__}, expected a string or a list of parts")
     return {**message, "content": content}
+
+
+def _as_plain(value):
+    """Dicts in place of dataclasses and pydantic's objects, at any depth: strings in them are to be escaped, too."""
+    if isinstance(value, dict):
+        return {key: _as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _as_plain(getattr(value, field.name)) for field in fields(value)}
+    return _as_plain(value.model_dump()) if callable(getattr(value, "model_dump", None)) else value
 
 
 def _as_part(part, where: str) -> dict:

@@ -2,6 +2,8 @@
 
 import threading
 import unicodedata
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +73,27 @@ def test_rendering_and_tokenizing_in_two_steps_is_safe_too(processor, token):
     prompt = processor.apply_chat_template([{"role": "user", "content": token}], add_generation_prompt=True)
     expected = control_ids(processor, rendered(processor, "plain"))
     assert control_ids(processor, processor(text=prompt)["input_ids"][0]) == expected
+
+
+@dataclass
+class Words:
+    text: str
+    type: str = "text"
+
+
+@dataclass
+class Message:
+    role: str
+    content: str | list
+
+
+@pytest.mark.parametrize("token", CONTROL)
+def test_messages_that_are_objects_are_read_as_dicts(processor, token):
+    said = {"role": "user", "content": [{"type": "text", "text": f"a {token}"}]}
+    as_parts = Message("user", [Words(f"a {token}")])
+    as_pydantic = SimpleNamespace(model_dump=lambda: said)  # as OpenAI's client gives them
+    for message in (as_parts, as_pydantic, {**said, "content": [Words(f"a {token}")]}):
+        assert processor.apply_chat_template([message]) == processor.apply_chat_template([said])
 
 
 def test_it_can_be_switched_off(processor):
