@@ -224,7 +224,7 @@ def seg_iou_loss(predicted: Tensor, found: Tensor) -> Tensor:
 
 
 def seg_point_loss(prompts: Tensor, points: Tensor) -> Tensor:
-    """How far prompt embeddings are from those of points within the masks, squared: both float[M, D_sam] → float[M]."""
+    """How far prompts are from the embeddings of points within the masks, squared: float[M, D_sam] → float[M]."""
     kind = at_least_float32(prompts.dtype)
     return (prompts.to(kind) - points.detach().to(kind)).square().mean(-1)
 

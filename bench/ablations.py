@@ -76,7 +76,7 @@ def measure(model: Path, data: str, splits: list[str], limit: int | None, out: P
 
 
 def closest(splits: dict) -> float | None:
-    """The share of closest points that were found, in percent as `perceptio eval` writes it: the mean of the splits."""
+    """The share of closest points that were found, in percent as `perceptio eval` writes it; the splits' mean."""
     found = [splits[name]["closest point"]["value"] for name in CLOSEST if name in splits]
     return statistics.fmean(found) if found else None
 

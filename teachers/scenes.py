@@ -26,7 +26,9 @@ class SceneArguments(TrainingArguments):
     scenes: int = field(default=12_000, metadata={"help": "to train on"})
     eval_scenes: int = field(default=300, metadata={"help": "held out"})
     muon: bool = field(default=True, metadata={"help": "Muon for the matrices of hidden layers, not AdamW"})
-    compiled: bool = field(default=False, metadata={"help": "torch.compile while training; a CPU needs a C++ compiler"})
+    compiled: bool = field(
+        default=False, metadata={"help": "torch.compile while training; a CPU needs a C++ compiler"}
+    )
     remove_unused_columns: bool = False
 
     def __post_init__(self):

@@ -23,7 +23,15 @@ from learning_samples import (
 
 from perceptio.data.record import assistant, user
 from perceptio.data.sequence import IGNORED
-from perceptio.losses_perceptio import COUNTED, COUNTS, DEFAULT_WEIGHTS, TERMS, depth_count_loss, inner_places, sample_points
+from perceptio.losses_perceptio import (
+    COUNTED,
+    COUNTS,
+    DEFAULT_WEIGHTS,
+    TERMS,
+    depth_count_loss,
+    inner_places,
+    sample_points,
+)
 from perceptio.training.adapters import thaw
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

@@ -13,6 +13,7 @@ from perceptio.hub import train_tiny
 from perceptio.hub.train_tiny import MORE_TO_DO, Stage, main, stages
 from perceptio.teachers.sam import SamTrainingConfig
 from perceptio.teachers.vision import VisionTrainingConfig
+from perceptio.train_sft import parse
 
 COUNT = "import sys; open(sys.argv[1], 'a').write('x')"
 # Counts up to 3, one a start; a SIGTERM ends it as it ends a training.
@@ -77,6 +78,19 @@ def test_every_stage_is_a_command_that_there_is(request, monkeypatch):
     assert tuned["model"] == str(train_tiny.OUT / "base") and tuned["output_dir"] == str(train_tiny.OUT / "run")
     written = {word for entry in stages() for word in entry.words}
     assert {str(Path(recipe.root) / source.path) for source in recipe.sources} <= written
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 6, 64])
+def test_a_step_is_the_recipes_on_any_number_of_cores(cores, request, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    words = [str(word) for word in train_tiny.fine_tuning()]
+    shares = ("--nproc_per_node", "--per_device_train_batch_size", "--gradient_accumulation_steps")
+    processes, records, parts = (int(words[words.index(name) + 1]) for name in shares)
+    tuned = yaml.safe_load((request.config.rootpath / "recipes" / "perceptio-tiny.yaml").read_text())
+    assert processes * records * parts == tuned["per_device_train_batch_size"] and processes <= cores
+    _, config = parse([*words[words.index("train_sft.py") + 1 :], "--model", "m", "--data", "d", "--full", "true"])
+    assert config.compiled and config.pad_to_multiple_of == 32
 
 
 def reads(entry: Stage) -> list[Path]:

@@ -38,7 +38,7 @@ DESCRIBE = ("Describe the picture.", "What is in this picture?", "What do you se
 
 @dataclass
 class Question:
-    """kind names what is asked; mask bool[H, W] what it is about, all False when that is not there, None for no mask."""
+    """kind names what is asked; mask bool[H, W] what it is about: all False if that is absent, None for no mask."""
 
     kind: str
     text: str
