@@ -1,14 +1,17 @@
 """perceptio-tiny before its training: a real InternVL, SAM2 and depth tokenizer, small enough for a laptop.
 
     python -m perceptio.hub.small build/tiny/base --sam build/tiny/sam/model --vision build/tiny/vision/model
+    python -m perceptio.hub.small build/again --sam checkpoints/perceptio-tiny --vision checkpoints/perceptio-tiny
 
-The language model is new.  The tokenizer is a byte-level BPE of the rendered world's own texts,
-of the class that real InternVL folders have: it writes any text, and the world's in few tokens.
+The second takes the parts of a trained Perceptio.  The language model is new in both.  The tokenizer is a byte-level
+BPE of the rendered world's own texts, of the class that real InternVL folders have: it writes any text, and the world's
+in few tokens.
 """
 
 import argparse
 import json
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -35,10 +38,10 @@ TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "n
 def build_small(
     folder, sam, vision, depth, seed: int = 0, scenes: int = TEXT_SCENES
 ) -> PerceptioForConditionalGeneration:
-    """Write the folder.  sam: of a `Sam2Model`;  vision: of an `InternVLVisionModel`;  depth: of a `DepthVQVAE`;
-    scenes: to learn the tokenizer from."""
-    mask_model, depth_model = Sam2Model.from_pretrained(sam), DepthVQVAE.from_pretrained(depth)
-    tower = InternVLVisionModel.from_pretrained(vision)
+    """Write the folder.  sam: of a `Sam2Model`;  vision: of an `InternVLVisionModel`;  depth: of a `DepthVQVAE`; each
+    may be that of a Perceptio, too.  scenes: to learn the tokenizer from."""
+    mask_model, depth_model = _part(sam, Sam2Model, "mask_model"), _part(depth, DepthVQVAE, "depth_model")
+    tower = _part(vision, InternVLVisionModel, "model.vision_tower")
     (tile, _), (patch, _) = tower.config.image_size, tower.config.patch_size
     tokens = int((tile // patch) ** 2 * SHUFFLE**2)
     tokenizer = world_tokenizer(world_texts(scenes))
@@ -80,6 +83,15 @@ def build_small(
     return model
 
 
+def _part(folder, kind: type, place: str):
+    """The model that the folder holds, or what a Perceptio has at that place."""
+    path = Path(folder) / "config.json"
+    held = json.loads(path.read_text("utf-8"))["model_type"] if path.is_file() else None
+    if held == PerceptioConfig.model_type:
+        return attrgetter(place)(PerceptioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
+    return kind.from_pretrained(folder, dtype=torch.float32)
+
+
 def world_texts(scenes: int) -> list[str]:
     """Questions and answers of rendered scenes; small pictures say the same and are drawn in less time."""
     from ..world.records import WorldOptions
@@ -110,8 +122,8 @@ def world_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder to write")
-    parser.add_argument("--sam", required=True, help="folder of the promptable segmenter")
-    parser.add_argument("--vision", required=True, help="folder of the vision tower")
+    parser.add_argument("--sam", required=True, help="folder of the promptable segmenter, or of a Perceptio")
+    parser.add_argument("--vision", required=True, help="folder of the vision tower, or of a Perceptio")
     parser.add_argument("--depth", default="checkpoints/depth-tiny", help="folder of the depth tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -47,6 +47,16 @@ def test_its_parts_are_the_trained_ones(folder):
         assert all(torch.equal(weights[name], weight) for name, weight in given.state_dict().items())
 
 
+def test_its_parts_can_be_those_of_a_perceptio(folder, tmp_path):
+    first = PerceptioForConditionalGeneration.from_pretrained(folder)
+    again = build_small(tmp_path / "again", folder, folder, folder, seed=1, scenes=30)
+    weights, before = again.state_dict(), first.state_dict()
+    frozen = ("model.vision_tower.", "mask_model.", "depth_model.")
+    assert all(torch.equal(weights[key], before[key]) for key in before if key.startswith(frozen))
+    assert not torch.equal(weights["lm_head.weight"], before["lm_head.weight"])
+    assert again.config.vision_config.to_dict() == first.config.vision_config.to_dict()
+
+
 def test_it_runs_with_every_part(folder):
     model = PerceptioForConditionalGeneration.from_pretrained(folder).eval()
     pipe = PerceptioPipeline(model=model, processor=PerceptioProcessor.from_pretrained(folder))
