@@ -99,7 +99,8 @@ def ablate(config: dict, out: Path, results: dict) -> None:
 
 def replace_codes(model: Path, data: str, limit: int | None, out: Path, results: dict) -> None:
     manifest = json.loads((model / "manifest.json").read_text("utf-8"))
-    results["codes"] = {"model": model.name, "files": manifest["files"], "limit": limit, "with": {}}
+    weights = {name: entry for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+    results["codes"] = {"model": model.name, "weights": weights, "limit": limit, "with": {}}
     for codes in CODES:
         folder = out / "codes" / codes
         results["codes"]["with"][codes] = measure(model, data, list(CLOSEST), limit, folder, "--depth-codes", codes)

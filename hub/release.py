@@ -1,6 +1,7 @@
 """Freeze perceptio-tiny: the folder that comes with the package, in half precision and small shards.
 
     python -m perceptio.hub.release build/tiny checkpoints/perceptio-tiny
+    python -m perceptio.hub.release --code checkpoints/perceptio-tiny       # after a change of the code beside it
 
 Beside the model: the log of its fine-tuning (`log.jsonl`, `curve.svg`), its figures on held-out scenes and those of
 its teachers (`evaluation.json`), the recipe that it was made by, and a card written from these (`hub/card.py`).
@@ -16,6 +17,7 @@ import torch
 
 from ..cli import refuse
 from ..data.manifest import write_json
+from ..files_perceptio import copy_code
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
 from ..training.checkpoints import STATE, checkpoints
@@ -123,10 +125,17 @@ def _teacher(run: Path, folder: str, recipe: str) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of perceptio.hub.train_tiny")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of perceptio.hub.train_tiny")
     parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("--code", action="store_true", help="bring the code in FOLDER up to date, and nothing else")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/perceptio-tiny.yaml"))
     options = parser.parse_args(arguments)
+    if options.code == (options.run is not None):
+        parser.error("name the run and the folder, or --code and the folder")
+    if options.code:
+        copy_code(options.folder)
+        write_manifest(options.folder)
+        return 0
     try:
         release(options.run, options.folder, options.recipe)
     except (ValueError, OSError, KeyError, IndexError) as error:
