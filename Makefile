@@ -19,6 +19,7 @@ help:
 	@echo "make docs    write the documentation to build/site"
 	@echo "make depth   train the depth tokenizer on rendered scenes, measure and freeze it (about an hour on two cores)"
 	@echo "make tiny    train perceptio-tiny from scratch: teachers, scenes, fine-tuning; goes on where it was stopped"
+	@echo "             (FROZEN=--frozen: with the teachers that are trained already)"
 	@echo "make bench   run every benchmark under bench/, results in bench/results/"
 	@echo "make ablations   train perceptio-tiny without each of its parts, and ask it with other depth codes"
 	@echo "make gpu     perceptio-tiny and the 8B size on a CUDA device, MINUTES (8.5) at a time; run again to go on"
@@ -67,13 +68,13 @@ depth: $(DEVELOPED)
 	$(BIN)/python -m perceptio.vqvae.export build/depth-tiny checkpoints/depth-tiny --maps build/depth-tiny/maps/test
 
 tiny: $(DEVELOPED)
-	$(BIN)/python -m perceptio.hub.train_tiny
+	$(BIN)/python -m perceptio.hub.train_tiny $(FROZEN)
 
 ablations: $(DEVELOPED)
 	$(BIN)/python bench/ablations.py --config recipes/ablations/tiny.yaml --tokens checkpoints/perceptio-tiny
 
 gpu: $(DEVELOPED)
-	$(BIN)/python -m perceptio.hub.train_tiny --minutes $(MINUTES)
+	$(BIN)/python -m perceptio.hub.train_tiny $(FROZEN) --minutes $(MINUTES)
 	$(BIN)/python bench/gpu.py
 
 clean:

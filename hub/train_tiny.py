@@ -2,6 +2,7 @@
 
     python -m perceptio.hub.train_tiny                    # until it is done
     python -m perceptio.hub.train_tiny --minutes 9        # stop in time; run again to go on
+    python -m perceptio.hub.train_tiny --frozen           # with the trained teachers of checkpoints/
 
 Every stage is a command of its own, printed as it is run; one that is done is not run again, one that was stopped goes
 on from its newest checkpoint.  Exit codes: 0 done, 75 stopped with more to do, else that of the stage that failed.
@@ -21,7 +22,7 @@ from ..data.manifest import read_manifest
 
 OUT = Path("build/tiny")
 SCENES, SEED = 16_000, 1  # none of those that the teachers have seen
-HELD_OUT = {"test": 150, "points3": 300, "points4": 300, "points5": 300, "lure": 300, "refer": 300, "absent": 300}
+HELD_OUT = {"test": 100, "points3": 150, "points4": 150, "points5": 150, "lure": 150, "refer": 150, "absent": 150}
 MORE_TO_DO = 75
 # glibc gives large blocks back to the system at once, and takes them again page by page in every step.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -36,7 +37,9 @@ class Stage:
     done: Callable[[], bool]
 
 
-def stages(python: str = sys.executable) -> list[Stage]:
+def stages(python: str = sys.executable, frozen: bool = False) -> list[Stage]:
+    """frozen: the teachers are those of `checkpoints/`, and are not trained."""
+
     def stage(name: str, file: Path, *words) -> Stage:
         """One that leaves a file behind."""
         return Stage(name, (python, *map(str, words)), file.is_file)
@@ -46,15 +49,31 @@ def stages(python: str = sys.executable) -> list[Stage]:
         return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
 
     recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
-    sam, vision, base = (OUT / name for name in ("sam", "vision", "base"))
+    base, sam, vision = OUT / "base", OUT / "sam/model", OUT / "vision/model"
+    teachers = [
+        stage(
+            "segmenter",
+            sam / "evaluation.json",
+            "-m",
+            "perceptio.teachers.sam",
+            "--config",
+            recipes / "teachers/sam-tiny.yaml",
+        ),
+        stage(
+            "vision tower",
+            vision / "evaluation.json",
+            "-m",
+            "perceptio.teachers.vision",
+            "--config",
+            recipes / "teachers/vision-tiny.yaml",
+        ),
+    ]
+    if frozen:
+        teachers, sam, vision = [], Path("checkpoints/sam-tiny"), Path("checkpoints/vision-tiny")
     return [
-        stage("segmenter", sam / "model/evaluation.json",
-              "-m", "perceptio.teachers.sam", "--config", recipes / "teachers/sam-tiny.yaml"),
-        stage("vision tower", vision / "model/evaluation.json",
-              "-m", "perceptio.teachers.vision", "--config", recipes / "teachers/vision-tiny.yaml"),
+        *teachers,
         stage("base", base / "manifest.json",
-              "-m", "perceptio.hub.small", base, "--sam", sam / "model", "--vision", vision / "model",
-              "--depth", depth),
+              "-m", "perceptio.hub.small", base, "--sam", sam, "--vision", vision, "--depth", depth),
         scenes(OUT / "rendered", "train", SCENES, "--seed", SEED, "--turns", 4, "--points", 1,
                "--point-turns", 5),
         stage("codes", OUT / "scenes/manifest.json",
@@ -108,9 +127,10 @@ def run(stage: Stage, seconds: float | None) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, help="stop after so long, to go on with the same command")
+    parser.add_argument("--frozen", action="store_true", help="take the trained teachers of checkpoints/")
     options = parser.parse_args(arguments)
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes - PATIENCE / 2
-    for stage in stages():
+    for stage in stages(frozen=True) if options.frozen else stages():
         if stage.done():
             continue
         left = None if end is None else end - time.monotonic()

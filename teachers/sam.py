@@ -18,6 +18,7 @@ from transformers import Sam2Config, Sam2Model
 
 from ..losses_perceptio import mask_iou, seg_bce_loss, seg_dice_loss, seg_object_loss
 from .cells import NAMES, cell_loss, cell_truth, split_cells
+from .freeze import load_part
 from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, main_of, train_part
 
 POINT, ABSENT, TOP_LEFT, BOTTOM_RIGHT = 1, -1, 2, 3  # what SAM2 calls the points of a prompt
@@ -38,7 +39,6 @@ class SamTrainingConfig(SceneArguments):
     width: int = field(default=48, metadata={"help": "of the encoder's first stage; it doubles from stage to stage"})
     blocks: list[int] = field(default_factory=lambda: [1, 2, 5, 2], metadata={"help": "of each stage"})
     decoder_width: int = field(default=128, metadata={"help": "of the features and of the mask decoder"})
-    start: str | None = field(default=None, metadata={"help": "folder of a trained segmenter to go on from"})
     label_names: list[str] | None = field(default_factory=lambda: ["masks"])
 
     def __post_init__(self):
@@ -201,7 +201,7 @@ def train(args: SamTrainingConfig) -> int:
     torch.manual_seed(args.seed)
     model = PromptedSam(sam_config(args.side, args.width, args.blocks, args.decoder_width))
     if args.start is not None:
-        model.sam.load_state_dict(Sam2Model.from_pretrained(args.start).state_dict())
+        model.sam.load_state_dict(load_part(args.start).state_dict())
         model.tell_places_alike()
     if args.process_index == 0:
         count, decoder = (sum(w.numel() for w in part.parameters()) for part in (model.sam, model.sam.mask_decoder))

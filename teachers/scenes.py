@@ -25,6 +25,7 @@ class SceneArguments(TrainingArguments):
 
     scenes: int = field(default=12_000, metadata={"help": "to train on"})
     eval_scenes: int = field(default=300, metadata={"help": "held out"})
+    start: str | None = field(default=None, metadata={"help": "folder of such a model, trained before, to go on from"})
     muon: bool = field(default=True, metadata={"help": "Muon for the matrices of hidden layers, not AdamW"})
     compiled: bool = field(
         default=False, metadata={"help": "torch.compile while training; a CPU needs a C++ compiler"}

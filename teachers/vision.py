@@ -18,6 +18,7 @@ from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from ..world.marks import LETTERS, draw_points, drawn_larger
 from .cells import NAMES, POINT, cell_figures, cell_loss, cell_truth, split_cells
+from .freeze import load_part
 from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, main_of, train_part
 
 CELLS = 2  # along each side of a patch
@@ -152,6 +153,8 @@ class VisionTrainer(SceneTrainer):
 def train(args: VisionTrainingConfig) -> int:
     torch.manual_seed(args.seed)
     model = CellReader(vision_config(args.side, args.patch, args.width, args.layers, args.heads))
+    if args.start is not None:
+        model.tower.load_state_dict(load_part(args.start).state_dict())
     return train_part(VisionTrainer, model, args)
 
 

@@ -1,0 +1,101 @@
+"""Freeze a trained part of perceptio-tiny, so that a language model can be trained on it without its own training.
+
+    python -m perceptio.teachers.freeze build/tiny/sam checkpoints/sam-tiny
+    python -m perceptio.teachers.freeze build/tiny/vision checkpoints/vision-tiny
+
+Writes the weights in half precision, the figures on held-out scenes, the log of the training, a card and checksums.
+`python -m perceptio.hub.train_tiny --frozen` begins with these, and `--start` of the trainers goes on from one.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, InternVLVisionModel, PreTrainedModel, Sam2Model
+
+from ..cli import refuse
+from ..data.manifest import write_json
+from ..hub.manifest import write_manifest
+from ..training.checkpoints import STATE, checkpoints
+
+KINDS = {"sam2": Sam2Model, "internvl_vision": InternVLVisionModel}
+FIGURES, LOG = "evaluation.json", "log.jsonl"
+CARD = """---
+library_name: transformers
+license: apache-2.0
+tags: [perceptio]
+---
+# {name}
+
+A part of perceptio-tiny that stays frozen while the rest is trained: a `{kind}` of {count:,} parameters, trained
+from nothing on rendered scenes in {steps:,} steps ({log}). The weights are stored in half precision.
+
+```python
+import torch
+from transformers import {kind}
+
+model = {kind}.from_pretrained(folder, dtype=torch.float32)
+```
+
+On held-out scenes, before the weights were rounded:
+
+| figure | value |
+|---|---|
+{rows}
+"""
+
+
+def freeze(run: Path, folder: Path) -> Path:
+    """run: the output folder of a trainer of `perceptio.teachers`, finished."""
+    model = load_part(run / "model")
+    found = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
+    if found:
+        raise ValueError(f"`{found[0]}` holds NaN or infinite values: this training did not end well")
+    figures = json.loads((run / "model" / FIGURES).read_text("utf-8"))
+    log = json.loads((checkpoints(run)[-1] / STATE).read_text("utf-8"))["log_history"]
+    model.half().save_pretrained(folder)
+    write_json(folder / FIGURES, figures)
+    (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    (folder / "README.md").write_text(_card(folder.name, model, figures, log), encoding="utf-8")
+    write_manifest(folder)
+    return folder
+
+
+def load_part(folder) -> PreTrainedModel:
+    """A segmenter or a vision tower in float32, whatever it is stored in."""
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind not in KINDS:
+        raise ValueError(f"{folder} holds a model of the type {kind!r}, expected one of {', '.join(KINDS)}")
+    return KINDS[kind].from_pretrained(folder, dtype=torch.float32)
+
+
+def _card(name: str, model: PreTrainedModel, figures: dict, log: list[dict]) -> str:
+    rows = [f"| {key.replace('_', ' ')} | {value if isinstance(value, int) else format(value, '.3f')} |"
+            for key, value in figures.items()]  # fmt: skip
+    return CARD.format(
+        name=name,
+        kind=type(model).__name__,
+        count=sum(weight.numel() for weight in model.parameters()),
+        steps=max(line["step"] for line in log),
+        log=LOG,
+        rows="\n".join(rows),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output folder of perceptio.teachers.sam or .vision")
+    parser.add_argument("folder", type=Path, help="folder to write")
+    options = parser.parse_args(arguments)
+    try:
+        freeze(options.run, options.folder)
+    except (ValueError, OSError, IndexError) as error:
+        return refuse(ValueError(f"{options.run} does not hold a finished training: {error}"))
+    print(f"wrote {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

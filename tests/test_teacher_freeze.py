@@ -1,0 +1,91 @@
+"""The frozen parts that come with the repository: whole, small, and what a new language model is trained on."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import InternVLVisionModel
+
+from perceptio.hub.manifest import verify_manifest
+from perceptio.hub.train_tiny import stages
+from perceptio.teachers.freeze import freeze, load_part, main
+from perceptio.teachers.sam import PromptedSam, draw_prompts
+from perceptio.teachers.vision import VisionTrainingConfig, vision_config
+from perceptio.world.instances import scene_instances
+
+PARTS = {"sam-tiny": "mean_iou_boxes", "vision-tiny": "colour"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """As a trainer leaves it, but that nothing was trained."""
+    folder = tmp_path_factory.mktemp("vision")
+    torch.manual_seed(0)
+    InternVLVisionModel(vision_config(56, 14, 32, 2, 2)).save_pretrained(folder / "model")
+    (folder / "model" / "evaluation.json").write_text(json.dumps({"scenes": 4, "colour": 0.98765}))
+    (folder / "checkpoint-7").mkdir()
+    (folder / "checkpoint-7" / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 7, "loss": 2.0}]})
+    )
+    return folder
+
+
+def test_halves_on_the_disk_and_the_figures_on_the_card(run, tmp_path):
+    folder = freeze(run, tmp_path / "part")
+    stored = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16} and verify_manifest(folder) == []
+    before, loaded = InternVLVisionModel.from_pretrained(run / "model", dtype=torch.float32), load_part(folder)
+    for key, weight in loaded.state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, before.state_dict()[key].half().float())
+    card = (folder / "README.md").read_text("utf-8")
+    assert "| colour | 0.988 |" in card and "7 steps" in card
+    assert json.loads((folder / "log.jsonl").read_text()) == {"step": 7, "loss": 2.0}
+
+
+def test_what_is_not_finished_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "part")]) == 2
+    assert "nowhere" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert not (tmp_path / "part").exists()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_trained_ones_are_whole_and_their_cards_true(name, request):
+    folder = request.config.rootpath / "checkpoints" / name
+    assert verify_manifest(folder) == []
+    figures = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    card = (folder / "README.md").read_text("utf-8")
+    shown = dict(re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \|$", card, flags=re.MULTILINE))
+    assert shown == {key.replace("_", " "): f"{value:.3f}" if key != "scenes" else str(value)
+                     for key, value in figures.items()}  # fmt: skip
+    steps = max(json.loads(line)["step"] for line in (folder / "log.jsonl").read_text("utf-8").splitlines())
+    assert f"{steps:,} steps" in card and figures[PARTS[name]] > 0.5
+
+
+def test_the_segmenter_finds_what_a_box_shows(request):
+    """On scenes of a split that it was not trained on; a new one has an IoU of about 0.1."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    sam = load_part(request.config.rootpath / "checkpoints" / "sam-tiny")
+    model, found = PromptedSam(sam.config).eval(), []
+    model.sam.load_state_dict(sam.state_dict())
+    args = SimpleNamespace(side=192, prompts=4, boxes=1.0)
+    for index in range(6):
+        scene = {key: torch.from_numpy(value) for key, value in scene_instances(index, 5, "test").items()}
+        drawn = draw_prompts(scene, args, np.random.default_rng(index))
+        with torch.no_grad():
+            found.append(model(**{key: value[None] for key, value in drawn.items()})["iou"])
+    assert torch.cat(found).mean() > 0.4
+
+
+def test_training_can_begin_with_the_frozen_ones(request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
+    names = [stage.name for stage in stages(frozen=True)]
+    assert "segmenter" not in names and names[0] == "base" and names[1:] == [s.name for s in stages()][3:]
+    words = stages(frozen=True)[0].words
+    for name in PARTS:
+        assert f"checkpoints/{name}" in words and load_part(f"checkpoints/{name}").dtype == torch.float32
+    assert VisionTrainingConfig("out", start="checkpoints/vision-tiny").start == "checkpoints/vision-tiny"
