@@ -4,8 +4,8 @@
     python -m perceptio.hub.small build/again --sam checkpoints/perceptio-tiny --vision checkpoints/perceptio-tiny
 
 The second takes the parts of a trained Perceptio.  The language model is new in both.  The tokenizer is a byte-level
-BPE of the rendered world's own texts, of the class that real InternVL folders have: it writes any text, and the world's
-in few tokens.
+BPE of the rendered world's own texts, of the class that real InternVL folders have: it writes any text, and the
+world's in few tokens.
 """
 
 import argparse
