@@ -333,7 +333,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         )
         states = outputs.last_hidden_state
         if targets is not None:
-            return self._learn(states, input_ids, labels, targets, idle)
+            return self._learn(states, labels, targets, idle)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(states[:, kept])
         loss = None
@@ -347,12 +347,12 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
 
     # Training
 
-    def _learn(self, states: Tensor, input_ids: Tensor, labels: Tensor, targets: dict, idle: Tensor | float):
+    def _learn(self, states: Tensor, labels: Tensor, targets: dict, idle: Tensor | float):
         """All losses of a batch.  What a batch has none of is run on zeros and counts nothing, so that all processes
         do the same things in the same order, whatever they were given.  idle: 0, of a picture that is not there."""
         head = Head.of(self.lm_head)
         sums, figures, predicted = self._text_terms(states, labels, head)
-        depth = self._depth_terms(states, input_ids, predicted, head, targets)
+        depth = self._depth_terms(states, labels, predicted, head, targets)
         for terms, found in (depth, self._mask_terms(states, targets)):
             sums |= terms
             figures |= found
@@ -375,12 +375,12 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         }
         return {"text_loss": sum(sums), "answer_loss": sums[0]}, figures, predicted
 
-    def _depth_terms(self, states: Tensor, input_ids: Tensor, predicted: Tensor, head: Head, targets: dict):
+    def _depth_terms(self, states: Tensor, labels: Tensor, predicted: Tensor, head: Head, targets: dict):
         rows, starts = targets["depth_positions"].unbind(-1)
         (first, codes), n = self.config.depth_code_token_ids, self.config.span_length
         places = torch.arange(n + 2, device=states.device)
         rows, columns = rows[:, None], starts[:, None] + places  # [R, 1], [R, N + 2]: start, codes, end
-        gold = input_ids[rows, columns]
+        gold = labels[rows, columns]
         markers = [self.config.depth_start_token_id, self.config.depth_end_token_id]
         ids = torch.tensor([*range(first, first + codes), markers[1]], device=states.device)
         span = states[rows, columns[:, :-1]]  # [R, N + 1, D], what the codes and the end are told from

@@ -47,6 +47,7 @@ from perceptio.training.models import (
     prepare_training,
 )
 from perceptio.training.muon import MuonTraining
+from perceptio.training.noise import with_code_noise
 from perceptio.training.panels import draw_panels, show_panels
 from perceptio.training.rehearsal import LAYOUT, rehearse, rehearse_layout
 from perceptio.training.result import (
@@ -123,6 +124,10 @@ class PerceptioSFTConfig(SFTConfig):
     depth_recon_weight: float = field(
         default=DEFAULT_WEIGHTS["depth_recon_loss"], metadata={"help": "of the decoded depth map"}
     )
+    code_noise: float = field(
+        default=0.0,
+        metadata={"help": "share of the depth codes that are read as random ones, so that the picture tells the next"},
+    )
     mask_points: int = field(default=12544, metadata={"help": "points of a mask that are learned; 0: all pixels"})
     max_tiles: int | None = field(default=None, metadata={"help": "tiles of a picture (default: the processor's)"})
     on_error: str = field(default="stop", metadata={"help": "a record that cannot be used: stop, or skip and list it"})
@@ -156,6 +161,7 @@ class PerceptioSFTConfig(SFTConfig):
         checks = {
             "lora_r": self.lora_r >= 1,
             "lora_dropout": 0 <= self.lora_dropout < 1,
+            "code_noise": 0 <= self.code_noise <= 0.5,
             "mask_points": self.mask_points >= 0,
             "max_tiles": self.max_tiles is None or self.max_tiles >= 1,
             "on_error": self.on_error in ("stop", "skip"),
@@ -278,7 +284,9 @@ class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTraine
         mode = "train" if self.model.training else "eval"
         targets = dict(inputs["targets"], weights=self.args.loss_weights, encode_idle=self._encodes_idle)
         own = targets.pop("own_counts", targets["counts"])
-        output = model(**{**inputs, "targets": targets}, use_cache=False)
+        ids, noise = inputs["input_ids"], self.args.code_noise if mode == "train" else 0.0
+        ids = with_code_noise(ids, targets["depth_positions"], self.accelerator.unwrap_model(model).config, noise)
+        output = model(**{**inputs, "input_ids": ids, "targets": targets}, use_cache=False)
         self._note(mode, output, own, targets["counts"])
         # The counts are those of every process, and the processes' gradients are averaged.
         loss = output.loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
@@ -386,6 +394,7 @@ class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTraine
             "lora_r",
             "lora_alpha",
             "lora_dropout",
+            "code_noise",
             "mask_points",
             "max_tiles",
             "answer_first",
