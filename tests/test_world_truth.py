@@ -103,7 +103,7 @@ def points_fault(truth, question, count: int, lure) -> str:
         return "the nearest is the lowest"
     for px, py in zip(x, y, strict=True):
         around = question.image[py - 4 : py + 5, px - 4 : px + 5].astype(int)
-        if ((around[..., 0] > 150) & (around[..., 1:].max(-1) < 90)).sum() < 6:
+        if (around[..., 0] - around[..., 1:].max(-1) > 60).sum() < 6:  # paler where it was drawn larger
             return f"no ring around {px}, {py}"
         above = question.image[max(0, py - 22) : py - 4, max(0, px - 8) : px + 9].max(-1)
         if (above < 45).sum() < 20 or np.ptp(above) < 80:
@@ -121,9 +121,7 @@ def later_fault(truth, asker, question, places) -> str:
             return f"depths {depth}"
     elif question.answer != f"{min(9, int(asker.inverse[y[0], x[0]] * 10))}.":
         return f"{asker.inverse[y[0], x[0]]}"
-    rows, columns = question.mask.nonzero()
-    shown = {int(np.hypot(x - column, y - row).argmin()) for row, column in zip(rows, columns, strict=True)}
-    return "" if shown == set(range(len(letters))) else f"the mask shows {shown} of {letters}"
+    return "" if question.mask is None else "it has a mask of rings"
 
 
 def test_the_oracle_itself_finds_faults():
