@@ -119,7 +119,8 @@ def card_facts(name: str) -> dict:
 
 
 def _teacher(run: Path, folder: str, recipe: str) -> dict:
-    figures = json.loads((run / folder / "model" / "evaluation.json").read_text("utf-8"))
+    trained, frozen = run / folder / "model", Path("checkpoints") / f"{folder}-tiny"  # of `train_tiny --frozen`
+    figures = json.loads(((trained if trained.is_dir() else frozen) / "evaluation.json").read_text("utf-8"))
     return {"figures": figures, "command": f"python -m perceptio.teachers.{folder} --config {recipe}"}
 
 
