@@ -5,7 +5,8 @@
 
 The second takes the parts of a trained Perceptio.  The language model is new in both.  The tokenizer is a byte-level
 BPE of the rendered world's own texts, of the class that real InternVL folders have: it writes any text, and the
-world's in few tokens.
+world's in few tokens.  The chat template writes a picture behind the words of its message: every depth code then
+stands at one distance from its part of the picture, however long the question is.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from ..cli import refuse
 from ..configuration_perceptio import PerceptioConfig
 from ..modeling_depth_vqvae import DepthVQVAE
 from ..modeling_perceptio import PerceptioForConditionalGeneration
-from ..processing_perceptio import END_TURN_TOKEN, PerceptioProcessor, add_perception_tokens
+from ..processing_perceptio import CHAT_TEMPLATE, END_TURN_TOKEN, PerceptioProcessor, add_perception_tokens
 from ..world.records import scene_records
+from .aligned import start_aligned
 from .manifest import write_manifest
 from .tiny_text import CHAT_TOKENS
 from .untrained import generation_defaults
@@ -32,14 +34,33 @@ SHUFFLE = 0.5
 MERGED = 1024  # entries of the vocabulary before control tokens
 TEXT_SCENES = 1500  # whose texts the merges are learned from
 TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True}  # fmt: skip
+        "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # fmt: skip
+SOLVED_SCENES = 640  # that the projector is solved for on
+PICTURE_FIRST = """\
+        {%- for part in message['content'] or [] -%}
+            {%- if part['type'] == 'image' -%}
+                {{- '<IMG_CONTEXT>\\n' -}}
+            {%- else -%}
+                {{- part['text'] -}}
+            {%- endif -%}
+        {%- endfor -%}
+"""
+WORDS_FIRST = """\
+        {%- for part in message['content'] or [] if part['type'] != 'image' -%}
+            {{- part['text'] -}}
+        {%- endfor -%}
+        {%- for part in message['content'] or [] if part['type'] == 'image' -%}
+            {{- '\\n<IMG_CONTEXT>' -}}
+        {%- endfor -%}
+"""
 
 
 def build_small(
-    folder, sam, vision, depth, seed: int = 0, scenes: int = TEXT_SCENES
+    folder, sam, vision, depth, seed: int = 0, scenes: int = TEXT_SCENES, solved: int = SOLVED_SCENES
 ) -> PerceptioForConditionalGeneration:
     """Write the folder.  sam: of a `Sam2Model`;  vision: of an `InternVLVisionModel`;  depth: of a `DepthVQVAE`; each
-    may be that of a Perceptio, too.  scenes: to learn the tokenizer from."""
+    may be that of a Perceptio, too.  scenes: to learn the tokenizer from;  solved: to solve for the projector on."""
     mask_model, depth_model = _part(sam, Sam2Model, "mask_model"), _part(depth, DepthVQVAE, "depth_model")
     tower = _part(vision, InternVLVisionModel, "model.vision_tower")
     (tile, _), (patch, _) = tower.config.image_size, tower.config.patch_size
@@ -55,6 +76,7 @@ def build_small(
         ),
         tokenizer=tokenizer,
         image_seq_length=tokens,
+        chat_template=words_first(),
         sam_image_size=mask_model.config.prompt_encoder_config.image_size,
         num_depth_codes=depth_model.config.num_codes,
         depth_grid_size=depth_model.config.grid_size,
@@ -76,11 +98,18 @@ def build_small(
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.mask_model.load_state_dict(mask_model.state_dict())
     model.depth_model.load_state_dict(depth_model.state_dict())
+    start_aligned(model, tokenizer, solved, seed)
     model.generation_config = generation_defaults(config, tokenizer, answer_tokens=100)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_manifest(folder)
     return model
+
+
+def words_first() -> str:
+    if PICTURE_FIRST not in CHAT_TEMPLATE:
+        raise RuntimeError("the chat template has changed, and this place of it with it: this must not happen")
+    return CHAT_TEMPLATE.replace(PICTURE_FIRST, WORDS_FIRST)
 
 
 def _part(folder, kind: type, place: str):

@@ -10,7 +10,7 @@ from ..world.surfaces import COLOURS, PATTERNS
 
 NAMES = {"noun": len(NOUNS) + 1, "colour": len(COLOURS) + 1, "pattern": len(PATTERNS) + 1}  # 0 where there is no thing
 POINT = len(LETTERS) + 1
-WEIGHTS = {"noun": 2.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 1.0}
+WEIGHTS = {"noun": 2.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 2.0}
 DEPTH_OFFSET = 0.1  # relative inverse depth is compared on a log scale above it
 
 
@@ -32,14 +32,15 @@ def split_cells(logits: Tensor, classes: dict[str, int]) -> dict[str, Tensor]:
 
 
 def cell_loss(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
-    """float[]: the weighted sum; of points, which are few, the mean over these and that over all cells."""
-    losses = {"depth": (found["depth"] - truth["depth"]).abs().mean()}
+    """float[]: the weighted sum; of what has a name, the mean over the cells that show something, which are few, and
+    that over all cells; of depth over the cells where it is no NaN."""
+    told = truth["depth"].isfinite()
+    apart = (found["depth"] - truth["depth"].nan_to_num()).abs()
+    losses = {"depth": (apart * told).sum() / told.sum().clamp(min=1)}
     for name in found.keys() - {"depth"}:
         missed = F.cross_entropy(found[name].flatten(0, -2), truth[name].flatten(), reduction="none")
-        losses[name] = missed.mean()
-        if name == "point":
-            marked = truth["point"].flatten() > 0
-            losses[name] = losses[name] + (missed * marked).sum() / marked.sum().clamp(min=1)
+        shown = truth[name].flatten() > 0
+        losses[name] = missed.mean() + (missed * shown).sum() / shown.sum().clamp(min=1)
     return sum(WEIGHTS[name] * loss for name, loss in losses.items())
 
 
@@ -51,5 +52,5 @@ def cell_figures(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str
         told = truth[name] > 0
         figures[name] = torch.stack([((found[name].argmax(-1) == truth[name]) & told).sum(), told.sum()])
     apart = (found["depth"] - truth["depth"]).abs().exp()
-    figures["depth"] = torch.stack([(apart < 1.25).sum(), torch.tensor(apart.numel(), device=apart.device)])
+    figures["depth"] = torch.stack([(apart < 1.25).sum(), apart.isfinite().sum()])
     return figures

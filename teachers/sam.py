@@ -206,7 +206,7 @@ def train(args: SamTrainingConfig) -> int:
     if args.process_index == 0:
         count, decoder = (sum(w.numel() for w in part.parameters()) for part in (model.sam, model.sam.mask_decoder))
         print(f"{count:,} parameters, {decoder:,} in the decoder")
-    return train_part(SamTrainer, model, args)
+    return train_part(SamTrainer, model, args, args.side)
 
 
 def main(arguments: list[str] | None = None) -> int:

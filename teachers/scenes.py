@@ -58,11 +58,13 @@ class SceneDraws(torch.utils.data.Dataset):
 
 
 class SceneTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, Trainer):
-    """facts: arguments that a run must keep to go on.  draws: what it trains on.  part: of the model, what is kept.
+    """facts: arguments that a run must keep to go on.  draws: what it trains on.  measured: what it is measured on,
+    where that is another.  part: of the model, what is kept.
     measure: figures from the model's outputs on batches of held-out scenes."""
 
     facts: tuple[str, ...] = ()
     draws: type[SceneDraws]
+    measured: type[SceneDraws] | None = None
     part: str
     measure: Callable[[list[dict]], dict]
 
@@ -80,11 +82,13 @@ def main_of(kind: type[SceneArguments], train: Callable[[SceneArguments], int], 
         return refuse(error)
 
 
-def train_part(trainer_class: type[SceneTrainer], model: nn.Module, args: SceneArguments) -> int:
-    """Train `model` on scenes, and write its part to `model/` with its figures on those held out; the exit code."""
+def train_part(trainer_class: type[SceneTrainer], model: nn.Module, args: SceneArguments, side: int) -> int:
+    """Train `model` on scenes of `side` pixels, and write its part to `model/` with its figures on those held out; the
+    exit code."""
     out = Path(args.output_dir)
-    scenes, held_out, repeats = _scene_sets(args)
-    drawn, unseen = trainer_class.draws(scenes, args, repeats), trainer_class.draws(held_out, args)
+    scenes, held_out, repeats = _scene_sets(args, side)
+    drawn = trainer_class.draws(scenes, args, repeats)
+    unseen = (trainer_class.measured or trainer_class.draws)(held_out, args)
     trainer = trainer_class(model, args, train_dataset=drawn, eval_dataset=unseen)
     if args.compiled:
         model.compile()
@@ -108,12 +112,12 @@ def outputs_on(draws: SceneDraws, model: nn.Module, device, batch_size: int = 16
         return [model(**{name: tensor.to(device) for name, tensor in batch.items()}) for batch in loader]
 
 
-def _scene_sets(args: SceneArguments) -> tuple[InstanceSet, InstanceSet, int]:
+def _scene_sets(args: SceneArguments, side: int) -> tuple[InstanceSet, InstanceSet, int]:
     """The scenes to train on, those held out, and how often the first must come for all steps."""
     folder = Path(args.output_dir) / "scenes"
-    scenes = write_instances(folder / "train", count=args.scenes, side=args.side, seed=args.seed)
+    scenes = write_instances(folder / "train", count=args.scenes, side=side, seed=args.seed)
     held_out = write_instances(
-        folder / "validation", split="validation", count=args.eval_scenes, side=args.side, seed=args.seed
+        folder / "validation", split="validation", count=args.eval_scenes, side=side, seed=args.seed
     )
     needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return scenes, held_out, max(1, -(-needed // len(scenes)))

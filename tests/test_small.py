@@ -1,5 +1,6 @@
 """perceptio-tiny before its training: it fits its budget, writes any text, and runs whole."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,9 @@ from perceptio.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio.pipeline_perceptio import PerceptioPipeline
 from perceptio.processing_perceptio import PerceptioProcessor
 from perceptio.teachers.sam import sam_config
-from perceptio.teachers.vision import vision_config
+from perceptio.teachers.vision import VisionTrainingConfig, draw_cells, vision_config
+from perceptio.world.instances import scene_instances
+from perceptio.world.surfaces import COLOURS
 
 DEPTH = "checkpoints/depth-tiny"
 MOST_PARAMETERS, MOST_BYTES = 24_000_000, 48 << 20
@@ -23,7 +26,7 @@ def folder(tmp_path_factory, request):
     torch.manual_seed(0)
     Sam2Model(sam_config(192, 48, [1, 2, 5, 2], 128)).save_pretrained(place / "sam")
     InternVLVisionModel(vision_config(224, 14, 256, 8, 4)).save_pretrained(place / "vision")
-    build_small(place / "base", place / "sam", place / "vision", request.config.rootpath / DEPTH, scenes=30)
+    build_small(place / "base", place / "sam", place / "vision", request.config.rootpath / DEPTH, scenes=30, solved=8)
     return place / "base"
 
 
@@ -49,7 +52,7 @@ def test_its_parts_are_the_trained_ones(folder):
 
 def test_its_parts_can_be_those_of_a_perceptio(folder, tmp_path):
     first = PerceptioForConditionalGeneration.from_pretrained(folder)
-    again = build_small(tmp_path / "again", folder, folder, folder, seed=1, scenes=30)
+    again = build_small(tmp_path / "again", folder, folder, folder, seed=1, scenes=30, solved=8)
     weights, before = again.state_dict(), first.state_dict()
     frozen = ("model.vision_tower.", "mask_model.", "depth_model.")
     assert all(torch.equal(weights[key], before[key]) for key in before if key.startswith(frozen))
@@ -64,6 +67,51 @@ def test_it_runs_with_every_part(folder):
     found = pipe(image=picture, text="Which one is nearer?", perception="seg+depth", max_new_tokens=106)
     assert len(found["depth_codes"]) == 100 and found["predicted_depth"].shape == (200, 300)
     assert pipe.processor(images=picture, text=["<IMG_CONTEXT>"])["pixel_values"][0].shape[-1] == 224
+
+
+def test_a_picture_stands_behind_the_words_of_its_message(folder):
+    """So that every depth code is as far from its part of the picture, however long the question is."""
+    processor = PerceptioProcessor.from_pretrained(folder)
+    distances = set()
+    for question in ("Where?", "Which one of all the things is the nearest?"):
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        for content in (parts, parts[::-1]):
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            assert text.index(question) < text.index("<IMG_CONTEXT>") and text.endswith("[SEG]<d_start>")
+            ids = processor(images=Image.new("RGB", (50, 40)), text=[text])["input_ids"][0]
+            distances.add(len(ids) - ids.index(processor.image_token_id))
+    assert len(distances) == 1
+
+
+def test_it_begins_with_pictures_in_the_words_for_what_they_show(request, tmp_path):
+    """On scenes that nothing was solved for on, with the trained tower."""
+    root = request.config.rootpath
+    parts = [root / "checkpoints" / name for name in ("sam-tiny", "vision-tiny", "depth-tiny")]
+    model = build_small(tmp_path / "base", *parts, scenes=30, solved=64)
+    processor = PerceptioProcessor.from_pretrained(tmp_path / "base")
+    words = model.get_input_embeddings().weight.detach()
+    colours = words[[processor.tokenizer.encode(f" {colour}")[0] for colour in COLOURS]]
+    args = VisionTrainingConfig(str(tmp_path), side=224, patch=16, cells=2)
+    right = asked = 0
+    for index in range(12):
+        scene = {name: torch.from_numpy(array) for name, array in scene_instances(index, 9, "test", 224).items()}
+        drawn = draw_cells(scene, args, np.random.default_rng(index), whole=True)
+        with torch.no_grad():
+            seen = model.model.get_image_features(drawn["pixel_values"][None]).pooler_output[0].view(7, 7, -1)
+        truth = drawn["colour"].unfold(0, 4, 4).unfold(1, 4, 4).flatten(2)  # [7, 7, 16]
+        clear = (truth == truth[..., :1]).all(-1) & (truth[..., 0] > 0)
+        right += ((seen[clear] @ colours.T).argmax(-1) + 1 == truth[..., 0][clear]).sum()
+        asked += clear.sum()
+    assert asked > 20 and right / asked > 0.5
+
+
+def test_codes_that_look_alike_begin_alike(folder):
+    model = PerceptioForConditionalGeneration.from_pretrained(folder)
+    first, count = model.config.depth_code_token_ids
+    begun = model.get_input_embeddings().weight.detach()[first : first + count]
+    vectors = model.depth_model.codebook - model.depth_model.codebook.mean(0)
+    alike = [torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1) for rows in (begun, vectors)]
+    assert torch.corrcoef(torch.stack([part.flatten() for part in alike]))[0, 1] > 0.9
 
 
 def test_the_tokenizer_writes_any_text_and_the_worlds_in_few_tokens():

@@ -13,7 +13,10 @@ from perceptio.teachers.vision import (
     CLASSES,
     CellReader,
     VisionTrainingConfig,
+    cut_scene,
     draw_cells,
+    draw_tiles,
+    fitted,
     main,
     vision_config,
 )
@@ -40,7 +43,7 @@ def drawn_with(scenes, args, marked: bool):
     """(scene, what was drawn, whether it was mirrored) of every scene."""
     for index in range(len(scenes)):
         for seed in range(40):
-            drawn = draw_cells(scenes[index], args, np.random.default_rng(seed))
+            drawn = draw_cells(scenes[index], args, np.random.default_rng(seed), whole=True)
             if bool(drawn["point"].any()) == marked:
                 yield scenes[index], drawn, np.random.default_rng(seed).random() < 0.5
                 break
@@ -96,6 +99,69 @@ def test_a_marked_point_is_drawn_where_it_is_asked_for(scenes, args):
     assert count >= 10
 
 
+def numbered_scene(side: int = SIDE) -> dict[str, torch.Tensor]:
+    """Four things in a picture whose red tells which is where, and whose depth grows from left to right."""
+    things = torch.zeros(side, side, dtype=torch.uint8)
+    for number, (top, left) in enumerate([(8, 8), (10, 60), (60, 12), (58, 64)], 1):
+        things[top : top + 34, left : left + 34] = number
+    names = torch.zeros(256, 3, dtype=torch.uint8)
+    names[1:5] = torch.tensor([[3, 1, 1], [7, 5, 2], [11, 9, 1], [30, 12, 4]])
+    depth = torch.linspace(0, 1, side).expand(side, side).half()
+    places = torch.tensor([[20, 20], [75, 25], [30, 80], [90, 90], [-1, -1]], dtype=torch.int16)
+    image = (50 * things)[..., None].repeat(1, 1, 3)
+    return {"image": image, "things": things, "depth": depth, "names": names, "places": places}
+
+
+def test_a_part_of_a_scene_is_cut_with_all_that_is_known_of_it():
+    scene, sizes = numbered_scene(), set()
+    for seed in range(30):
+        image, things, depth, places = cut_scene(scene, SIDE, np.random.default_rng(seed), all_of_it=False)
+        assert (image[..., 0].float() / 50).round().byte().eq(things).float().mean() > 0.9 and things.any()
+        assert depth.min() == 0 and depth.max() == 1 and (depth.diff(dim=1) >= 0).all()
+        for number, (x, y) in enumerate(places.tolist(), 1):
+            assert x < 0 or things[y, x] == number
+        sizes.add(int((things == things[things > 0][0]).sum()))
+    assert len(sizes) > 10
+    whole = cut_scene(scene, SIDE, np.random.default_rng(0), all_of_it=True)
+    assert all(
+        torch.equal(found, given) for found, given in zip(whole, (scene["image"], scene["things"]), strict=False)
+    )
+
+
+def test_a_picture_of_tiles_shows_a_thing_of_each_scene_and_asks_for_no_depth(args):
+    torch.manual_seed(0)
+    scenes = [numbered_scene() for _ in range(9)]
+    drawn = draw_tiles(scenes, args, np.random.default_rng(3))
+    assert drawn["depth"].isnan().all() and drawn["pixel_values"].shape == (3, SIDE, SIDE)
+    tiles = drawn["noun"][:15, :15].unflatten(0, (3, 5)).unflatten(2, (3, 5)).transpose(1, 2).flatten(2)
+    assert ((tiles > 0).sum(-1) >= 5).all() and len(tiles[tiles > 0].unique()) >= 3
+    assert set(drawn["noun"].unique().tolist()) <= {0, 3, 7, 11, 30}
+    known = {noun: colour for noun, colour, _ in scenes[0]["names"][1:5].tolist()}
+    for noun, colour in zip(drawn["noun"].flatten().tolist(), drawn["colour"].flatten().tolist(), strict=True):
+        assert colour == known.get(noun, 0)
+    marked = drawn["point"][drawn["point"] > 0]
+    assert 2 <= len(marked) <= 9
+    reader = CellReader(vision_config(SIDE, 14, 32, 1, 2))
+    loss = reader(**{name: tensor[None] for name, tensor in drawn.items()})["loss"]
+    loss.backward()
+    assert loss.isfinite() and all(weight.grad.isfinite().all() for weight in reader.parameters())
+
+
+def test_a_tower_goes_on_with_pictures_and_patches_of_another_size():
+    torch.manual_seed(0)
+    old, new = (CellReader(vision_config(side, patch, 32, 1, 2)).tower for side, patch in ((56, 14), (80, 10)))
+    same = fitted(old.state_dict(), old.state_dict())
+    assert all(torch.allclose(same[name], weight, atol=1e-6) for name, weight in old.state_dict().items())
+    new.load_state_dict(fitted(old.state_dict(), new.state_dict()))
+    even = [tower.embeddings.patch_embeddings(torch.ones(1, 3, side, side)) for tower, side in ((old, 56), (new, 80))]
+    even = [part[0] if isinstance(part, tuple) else part for part in even]
+    assert (even[0][0, 0] - even[1][0, 0]).norm() < 0.15 * even[0][0, 0].norm()
+    before, after = old.embeddings.position_embeddings[0, 1:], new.embeddings.position_embeddings[0, 1:]
+    nearest = torch.nn.functional.cosine_similarity(after[:, None], before[None], dim=-1).argmax(1).view(8, 8)
+    rows, columns = torch.meshgrid(torch.arange(8) // 2, torch.arange(8) // 2, indexing="ij")
+    assert (nearest == rows * 4 + columns).float().mean() > 0.8
+
+
 def test_cells_are_read_where_they_are():
     """What changes in one patch alone is asked of that patch: its four cells, in their places."""
     torch.manual_seed(0)
@@ -130,8 +196,8 @@ def test_attention_begins_near_by():
 
 
 def test_a_short_training_learns_and_leaves_a_tower(tmp_path, capsys):
-    arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 56, "width": 32, "layers": 2,
-                 "heads": 2, "per_device_train_batch_size": 4, "max_steps": 40, "learning_rate": 3e-3,
+    arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 56, "scene_side": 64, "width": 32,
+                 "layers": 2, "heads": 2, "per_device_train_batch_size": 4, "max_steps": 40, "learning_rate": 3e-3,
                  "logging_steps": 5, "save_steps": 20, "report_to": "none", "disable_tqdm": True, "bf16": False,
                  "train_sampling_strategy": "sequential"}  # fmt: skip
     words = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
@@ -143,5 +209,6 @@ def test_a_short_training_learns_and_leaves_a_tower(tmp_path, capsys):
     assert figures["scenes"] == 4 and all(0 <= figures[name] <= 1 for name in (*CLASSES, "depth"))
     tower = InternVLVisionModel.from_pretrained(tmp_path / "model")
     assert tower(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 17, 32)
-    assert main([*words, "--side", "100"]) == 2
-    assert "`side` is 100" in capsys.readouterr().err
+    for field, value in (("side", "100"), ("cells", "4")):
+        assert main([*words, f"--{field}", value]) == 2
+        assert f"`{field}` is {value}" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""Where a small language model begins: with words, codes and pictures in one space, so that few records go a long way.
+
+The codes of the depth span begin as their vectors in the codebook, and each part of a picture as the words for what it
+shows: the projector is solved for, in closed form, on rendered scenes.  Attention begins by comparing like with like.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modeling_perceptio import PerceptioForConditionalGeneration
+from ..teachers.cells import NAMES
+from ..teachers.vision import VisionTrainingConfig, draw_cells, sine_positions
+from ..world.instances import scene_instances
+from ..world.marks import LETTERS
+from ..world.shapes import NOUNS
+from ..world.surfaces import COLOURS, PATTERNS
+
+WORDS = {"noun": NOUNS, "colour": tuple(COLOURS), "pattern": PATTERNS}
+SHARE = {"noun": 1.0, "colour": 1.0, "pattern": 0.5}  # of a word in what a part of the picture begins as
+OF_LETTER, OF_CODE, OF_PLACE, OF_ITSELF = 1.5, 0.5, 0.25, 0.3  # the same; and of a code in what it begins as
+LIKE, NOISE = 0.7, 0.02
+ABOVE = 3.0  # where GELU is almost the identity
+RIDGE = 0.01
+CELLS, AT_ONCE = 2, 8
+
+
+@torch.no_grad()
+def start_aligned(model: PerceptioForConditionalGeneration, tokenizer, scenes: int, seed: int = 0) -> float:
+    """Set where the language model and the projector begin; the share of the wanted variance that the projector
+    explains.  scenes: to solve for the projector on."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = model.get_input_embeddings().weight
+    width = embeddings.shape[1]
+    space = nn.init.orthogonal_(torch.empty(width, width), generator=generator)
+    embeddings.normal_(std=width**-0.5, generator=generator)
+    first, count = model.config.depth_code_token_ids
+    vectors = model.depth_model.codebook - model.depth_model.codebook.mean(0)
+    vectors = vectors / vectors.norm(dim=1).mean()
+    codes = slice(first, first + count)
+    embeddings[codes] = vectors @ space[: vectors.shape[1]] + OF_ITSELF * embeddings[codes]
+    for layer in model.model.language_model.layers:
+        _compare_alike(layer.self_attn, model.config.text_config, generator)
+    seen, wanted = _parts_of_pictures(model, tokenizer, space[vectors.shape[1] :], scenes, seed)
+    return _solve(model.model.multi_modal_projector, seen, wanted)
+
+
+def _compare_alike(attention: nn.Module, config, generator: torch.Generator) -> None:
+    """Queries and keys that look at a state in the same way."""
+    size, width = attention.head_dim, config.hidden_size
+    shared = config.num_attention_heads // config.num_key_value_heads
+    for group in range(config.num_key_value_heads):
+        view = nn.init.orthogonal_(torch.empty(size, width), generator=generator)
+        heads = [(attention.k_proj, group), *((attention.q_proj, group * shared + head) for head in range(shared))]
+        for linear, head in heads:
+            noise = torch.randn(size, width, generator=generator)
+            linear.weight[head * size : (head + 1) * size] = LIKE * view + NOISE * noise
+
+
+def _parts_of_pictures(model, tokenizer, free: Tensor, scenes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What the projector's first linear layer sees of each picture token, and what it is to become, float[tokens, …].
+
+    free: directions that no code has, float[directions, D]."""
+    embeddings, (first, _) = model.get_input_embeddings().weight, model.config.depth_code_token_ids
+    (side, _), (patch, _) = model.config.vision_config.image_size, model.config.vision_config.patch_size
+    args = VisionTrainingConfig("unused", side=side, scene_side=side, patch=patch, cells=CELLS)
+    nothing = torch.zeros_like(embeddings[0])
+    words = {
+        name: torch.stack([nothing, *(embeddings[_token(tokenizer, f" {word}")] for word in known)])
+        for name, known in WORDS.items()
+    }
+    letters = [embeddings[_token(tokenizer, letter)] for letter in LETTERS]
+    words["point"] = torch.stack([nothing, *letters])
+    grid = int(model.config.image_seq_length**0.5)
+    places = OF_PLACE * sine_positions(grid, 64) @ free[:64]
+    projector, caught = model.model.multi_modal_projector, []
+    hook = projector.linear_1.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0].flatten(0, -2)))
+    wanted = []
+    for start in range(0, scenes, AT_ONCE):
+        drawn = []
+        for index in range(start, min(start + AT_ONCE, scenes)):
+            scene = scene_instances(index, seed, side=side)
+            scene = {name: torch.from_numpy(array) for name, array in scene.items()}
+            drawn.append(draw_cells(scene, args, np.random.default_rng([seed, index]), whole=True))
+        cells = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
+        model.model.get_image_features(cells["pixel_values"])
+        codes = embeddings[first + _codes(model.depth_model, cells["depth"])]  # [B, g, g, D]
+        wanted.append((_average_words(cells, words, grid) + OF_CODE * _shrink(codes, grid)).flatten(1, 2) + places)
+    hook.remove()
+    return torch.cat(caught), torch.cat(wanted).flatten(0, 1)
+
+
+def _token(tokenizer, text: str) -> int:
+    return tokenizer.encode(text, add_special_tokens=False)[0]
+
+
+def _codes(depth_model, depth: Tensor) -> Tensor:
+    """The codes of maps as the tower's cells have them, log depth float[B, C, C], as int[B, g, g]."""
+    side, grid, offset = (getattr(depth_model.config, name) for name in ("image_size", "grid_size", "depth_offset"))
+    maps = F.interpolate(depth.exp()[:, None] - offset, (side, side), mode="bilinear")[:, 0]
+    return depth_model.encode(maps.clamp(0, 1)).flatten(1).unflatten(1, (grid, grid))
+
+
+def _average_words(cells: dict[str, Tensor], words: dict[str, Tensor], grid: int) -> Tensor:
+    """float[B, grid, grid, D]: the words for the things that show in a part of the picture, and the letter in it."""
+    shown = (cells["noun"] > 0).float()[..., None]
+    named = sum(SHARE[name] * words[name][cells[name]] for name in NAMES)
+    per_part = (shown.shape[1] // grid) ** 2
+    return _shrink(named, grid) / _shrink(shown, grid).clamp(min=1 / 3) + OF_LETTER * per_part * _shrink(
+        words["point"][cells["point"]], grid
+    )
+
+
+def _shrink(maps: Tensor, side: int) -> Tensor:
+    """float[B, h, w, D] → float[B, side, side, D], means over areas."""
+    return F.interpolate(maps.permute(0, 3, 1, 2), (side, side), mode="area").permute(0, 2, 3, 1)
+
+
+def _solve(projector: nn.Module, seen: Tensor, wanted: Tensor) -> float:
+    """Set the projector to the best linear map, both of its layers together, by ridge regression."""
+    seen1 = torch.cat([seen, torch.ones(len(seen), 1)], 1)
+    found = torch.linalg.solve(seen1.T @ seen1 + RIDGE * len(seen) * torch.eye(seen1.shape[1]), seen1.T @ wanted)
+    result = seen1 @ found
+    scale = 1 / result.std()  # of what GELU sees, around ABOVE
+    projector.linear_1.weight.copy_(scale * found[:-1].T)
+    projector.linear_1.bias.copy_(scale * found[-1] + ABOVE)
+    projector.linear_2.weight.copy_(torch.eye(len(found[0])) / scale)
+    projector.linear_2.bias.fill_(-ABOVE / scale)
+    return 1 - ((result - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()).item()
