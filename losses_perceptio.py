@@ -19,7 +19,7 @@ COUNTED = {
     "seg_dice_loss": "masks",
     "seg_object_loss": "objects",
     "seg_iou_loss": "masks",
-    "seg_point_loss": "masks",
+    "seg_place_loss": "masks",
     "depth_marker_loss": "spans",
     "depth_token_loss": "spans",
     "depth_count_loss": "spans",
@@ -30,8 +30,9 @@ TERMS = tuple(COUNTED)
 # records with an answer.
 COUNTS = ("tokens", "words", "masks", "objects", "spans", "answers")
 DEFAULT_WEIGHTS = {**dict.fromkeys(TERMS, 1.0), "answer_loss": 0.0, "seg_bce_loss": 2.0, "seg_dice_loss": 0.5,
-                   "seg_object_loss": 0.5, "seg_iou_loss": 0.1, "seg_point_loss": 0.0}  # fmt: skip
+                   "seg_object_loss": 0.5, "seg_iou_loss": 0.1, "seg_place_loss": 0.0}  # fmt: skip
 IGNORED = -100
+LIKENESS = 0.1  # of cosines: the smaller, the more the likeliest parts of the picture count
 LOGIT_BYTES = 1 << 27  # of the logits that exist at one time
 
 
@@ -223,18 +224,17 @@ def seg_iou_loss(predicted: Tensor, found: Tensor) -> Tensor:
     return (predicted - found.detach()).square().mean(-1)
 
 
-def seg_point_loss(prompts: Tensor, points: Tensor) -> Tensor:
-    """How far prompts are from the embeddings of points within the masks, squared: float[M, D_sam] → float[M]."""
+def seg_place_loss(prompts: Tensor, seen: Tensor, shares: Tensor) -> Tensor:
+    """How far a prompt is from being like the parts of the picture that its mask lies in, and unlike the others.
+
+    prompts: float[M, D_sam];  seen: float[M, T, D_sam], the picture's tokens as the prompt is made;  shares:
+    float[M, T], of each token's part of the picture that is in the mask.  Divergence of the likenesses from the
+    shares, float[M]; 0 for an empty mask.
+    """
     kind = at_least_float32(prompts.dtype)
-    return (prompts.to(kind) - points.detach().to(kind)).square().mean(-1)
-
-
-def inner_places(masks: Tensor) -> Tensor:
-    """A pixel deep inside each mask: bool[M, h, w] → int[M, 2], (x, y); of an empty mask, the first."""
-    shares = masks.float()[:, None]
-    around = sum(F.avg_pool2d(shares, side, stride=1, padding=side // 2) for side in (3, 7, 15))
-    deepest = (around * shares).flatten(1).argmax(-1)
-    return torch.stack([deepest % masks.shape[-1], deepest // masks.shape[-1]], -1)
+    alike = F.cosine_similarity(prompts.to(kind)[:, None], seen.to(kind), dim=-1) / LIKENESS
+    wanted = shares.to(kind) / shares.to(kind).sum(-1, keepdim=True).clamp(min=1e-6)
+    return F.kl_div(alike.log_softmax(-1), wanted, reduction="none").sum(-1)
 
 
 def mask_iou(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

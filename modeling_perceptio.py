@@ -6,6 +6,7 @@ B batch, L tokens, T picture tiles, S pictures for SAM2, M masks (flat over the 
 the codebook, D width of the language model, H W pixels, h w the low resolution of mask logits (stride 4).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +37,13 @@ from .losses_perceptio import (
     depth_recon_loss,
     depth_token_loss,
     head_cross_entropy,
-    inner_places,
     mask_iou,
     sample_points,
     seg_bce_loss,
     seg_dice_loss,
     seg_iou_loss,
     seg_object_loss,
-    seg_point_loss,
+    seg_place_loss,
     total_loss,
 )
 from .modeling_depth_vqvae import DepthVQVAE
@@ -333,7 +333,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         )
         states = outputs.last_hidden_state
         if targets is not None:
-            return self._learn(states, labels, targets, idle)
+            return self._learn(states, input_ids, labels, targets, idle)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(states[:, kept])
         loss = None
@@ -347,13 +347,13 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
 
     # Training
 
-    def _learn(self, states: Tensor, labels: Tensor, targets: dict, idle: Tensor | float):
+    def _learn(self, states: Tensor, input_ids: Tensor, labels: Tensor, targets: dict, idle: Tensor | float):
         """All losses of a batch.  What a batch has none of is run on zeros and counts nothing, so that all processes
         do the same things in the same order, whatever they were given.  idle: 0, of a picture that is not there."""
         head = Head.of(self.lm_head)
         sums, figures, predicted = self._text_terms(states, labels, head)
         depth = self._depth_terms(states, labels, predicted, head, targets)
-        for terms, found in (depth, self._mask_terms(states, targets)):
+        for terms, found in (depth, self._mask_terms(states, input_ids, targets)):
             sums |= terms
             figures |= found
         loss, parts = total_loss(sums, targets["counts"], targets.get("weights", DEFAULT_WEIGHTS))
@@ -410,18 +410,19 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         decoded = self.depth_model.decode(self.depth_model.soft_merge(given))[: len(logits)]
         return depth_recon_loss(decoded, targets["depth_labels"].to(decoded))
 
-    def _mask_terms(self, states: Tensor, targets: dict):
+    def _mask_terms(self, states: Tensor, input_ids: Tensor, targets: dict):
         self._require("mask")
         rows, columns = targets["seg_positions"].unbind(-1)
         count, present = len(rows), targets["mask_present"]
         if count:
             features = targets.get("sam_features") or self.encode_pictures(targets["sam_pixel_values"])
-            prompts = self._prompts(states[rows, columns])
+            prompts, seen = self._prompts(states[rows, columns]), self._seen(states, input_ids, rows)
             logits, ious, objects = self._candidates(prompts, features, targets["mask_images"])
         else:
             prompts = self._prompts(states[0, :1].detach())
             idle = self._candidates(prompts, self._idle_features(states, targets), [0])
             prompts, logits, ious, objects = (output[:0] for output in (prompts, *idle))
+            seen = prompts[:, None].expand(-1, self.config.image_seq_length, -1)
         gold = targets["mask_labels"].to(logits.dtype)  # [M, h, w]
         intersection, union = mask_iou(logits, gold[:, None])
         found = intersection / union.clamp(min=1)  # [M, candidates]
@@ -435,7 +436,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             "seg_dice_loss": seg_dice_loss(points, golden).sum(),
             "seg_object_loss": seg_object_loss(objects, present).sum(),
             "seg_iou_loss": seg_iou_loss(ious[present], found[present]).sum(),
-            "seg_point_loss": seg_point_loss(prompts, self._point_prompts(gold, prompts))[present].sum(),
+            "seg_place_loss": seg_place_loss(prompts, seen, self._shares(gold))[present].sum(),
         }
         figures = {
             "mask_iou": _share(overlap[present].sum(), present.sum()),
@@ -443,6 +444,20 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             "object_accuracy": _share(((objects > 0) == present).sum(), count),
         }
         return sums, figures
+
+    def _seen(self, states: Tensor, input_ids: Tensor, rows: Tensor) -> Tensor:
+        """The states at the tokens of the whole picture, a tile by itself or the last of several, made prompts: of the
+        pictures of these rows, float[M, T, D_sam]."""
+        own, index = rows.unique(return_inverse=True)
+        of_picture = input_ids[own] == self.config.image_token_id
+        behind = of_picture.flip(1).cumsum(1).flip(1)  # picture tokens from here on
+        whole = of_picture & (behind <= self.config.image_seq_length)
+        return self._prompts(states[own][whole]).unflatten(0, (len(own), -1))[index]
+
+    def _shares(self, masks: Tensor) -> Tensor:
+        """Of the part of the picture that each of its tokens stands for, how much is in the mask: float[M, T]."""
+        side = math.isqrt(self.config.image_seq_length)
+        return nn.functional.adaptive_avg_pool2d(masks[:, None], side).flatten(1)
 
     def _idle_features(self, like: Tensor, targets: dict) -> tuple[Tensor, ...]:
         if targets.get("encode_idle"):  # DeepSpeed gathers the encoder's weights from all processes, layer by layer
@@ -626,13 +641,6 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
         )  # [M, 1, candidates, h, w], [M, 1, candidates], _, [M, 1, 1]
         kind = at_least_float32(logits.dtype)
         return logits[:, 0].to(kind), ious[:, 0].to(kind), objects[:, 0, 0].to(kind)
-
-    def _point_prompts(self, masks: Tensor, like: Tensor) -> Tensor:
-        """SAM2's own embedding of a point deep inside each mask: 0/1 float[M, h, w] → float[M, D_sam]."""
-        places = inner_places(masks).to(like.device, like.dtype) * 4 + 1.5  # the middle of a pixel of stride 4
-        labels = torch.ones(len(places), 1, 1, device=like.device, dtype=torch.int32)
-        with torch.no_grad():
-            return self.mask_model.prompt_encoder(places[:, None, None], labels, None, None)[0][:, 0, 0]
 
     def _empty_prompt(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """SAM2's embeddings of "no point, no box, no mask", to which the state at `[SEG]` is one more token."""

@@ -108,9 +108,11 @@ class PerceptioSFTConfig(SFTConfig):
     seg_iou_weight: float = field(
         default=DEFAULT_WEIGHTS["seg_iou_loss"], metadata={"help": "of the IoU that SAM2 predicts for its masks"}
     )
-    seg_point_weight: float = field(
-        default=DEFAULT_WEIGHTS["seg_point_loss"],
-        metadata={"help": "of [SEG]'s prompt being that of a point within the mask; for a language model that is new"},
+    seg_place_weight: float = field(
+        default=DEFAULT_WEIGHTS["seg_place_loss"],
+        metadata={
+            "help": "of [SEG] being like the picture's tokens within the mask; for a language model that is new"
+        },
     )
     depth_marker_weight: float = field(
         default=DEFAULT_WEIGHTS["depth_marker_loss"], metadata={"help": "of the two ends of the depth span"}

@@ -27,15 +27,15 @@ from perceptio.losses_perceptio import (
     COUNTED,
     COUNTS,
     DEFAULT_WEIGHTS,
+    LIKENESS,
     TERMS,
     depth_count_loss,
-    inner_places,
     sample_points,
 )
 from perceptio.training.adapters import thaw
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-MASK_TERMS = ("seg_bce_loss", "seg_dice_loss", "seg_object_loss", "seg_iou_loss", "seg_point_loss")
+MASK_TERMS = ("seg_bce_loss", "seg_dice_loss", "seg_object_loss", "seg_iou_loss", "seg_place_loss")
 DEPTH_TERMS = ("depth_marker_loss", "depth_token_loss", "depth_count_loss", "depth_recon_loss")
 
 
@@ -150,7 +150,7 @@ def plainly(model, batch) -> dict:
         sums["seg_object_loss"] -= torch.log(chosen.object_scores if there else 1 - chosen.object_scores)[0]
         if not there:
             continue
-        sums["seg_point_loss"] += (prompt[0] - point_embedding(model, inner_places(gold[None])[0])).square().mean()
+        sums["seg_place_loss"] += unlikeness(model, prompt[0], output.last_hidden_state[row], ids[row], gold)
         seed = targets["mask_seeds"][index : index + 1]
         logits, points = sample_points(chosen.mask_logits, gold[None].double(), seed, targets["mask_points"])
         prob, points = logits[0].sigmoid(), points[0]
@@ -161,11 +161,22 @@ def plainly(model, batch) -> dict:
     return sums
 
 
-def point_embedding(model, place) -> torch.Tensor:
-    """As SAM2 embeds a click in the middle of that pixel of stride 4."""
-    clicked = (4 * place + 2).double() / model.config.mask_image_size
-    turns = 2 * math.pi * (2 * clicked - 1) @ model.mask_model.prompt_encoder.shared_embedding.positional_embedding
-    return torch.cat([turns.sin(), turns.cos()]) + model.mask_model.prompt_encoder.point_embed.weight[1]
+def unlikeness(model, prompt, states, ids, mask) -> torch.Tensor:
+    """Of a prompt and the picture tokens of its mask, part by part; the last tile shows the whole picture."""
+    count = model.config.image_seq_length
+    tokens = [place for place, token in enumerate(ids.tolist()) if token == model.config.image_token_id][-count:]
+    side = math.isqrt(count)
+    alike, shares = [], []
+    for place, token in enumerate(tokens):
+        seen = model.seg_projector(states[token][None])[0]
+        alike.append(prompt @ seen / prompt.norm() / seen.norm() / LIKENESS)
+        (rows, columns) = (
+            [place * size // side, -(-(place + 1) * size // side)]
+            for place, size in zip(divmod(place, side), mask.shape, strict=True)
+        )
+        shares.append(mask[slice(*rows), slice(*columns)].double().mean())
+    likely, wanted = torch.stack(alike).softmax(0), torch.stack(shares) / sum(shares)
+    return sum(share * (share.log() - found.log()) for share, found in zip(wanted, likely, strict=True) if share > 0)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from perceptio.losses_perceptio import (
     COUNTED,
     COUNTS,
     DEFAULT_WEIGHTS,
+    LIKENESS,
     TERMS,
     Head,
     HeadCrossEntropy,
@@ -23,14 +24,13 @@ from perceptio.losses_perceptio import (
     depth_recon_loss,
     depth_token_loss,
     head_cross_entropy,
-    inner_places,
     mask_iou,
     sample_points,
     seg_bce_loss,
     seg_dice_loss,
     seg_iou_loss,
     seg_object_loss,
-    seg_point_loss,
+    seg_place_loss,
     total_loss,
 )
 from perceptio.modeling_perceptio import PerceptioForConditionalGeneration
@@ -423,22 +423,18 @@ def test_the_predicted_iou_follows_the_one_that_was_found():
     assert loss.tolist() == [0.625] and predicted.grad.tolist() == [[-0.5, 1.0]] and found.grad is None
 
 
-def test_the_prompt_is_drawn_to_that_of_a_point():
-    prompts, points = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[0.0, 4.0]], requires_grad=True)
-    loss = seg_point_loss(prompts, points)
-    loss.sum().backward()
-    assert loss.tolist() == [2.5] and prompts.grad.tolist() == [[1.0, -2.0]] and points.grad is None
-
-
-def test_a_place_deep_inside_of_a_mask():
-    """Never the middle of a ring's hole or of two things; of two things it is in the larger."""
-    masks = torch.zeros(4, 20, 30, dtype=torch.bool)
-    masks[0, 4:17, 6:25] = True
-    masks[1, 2:9, 2:9], masks[1, 12:15, 20:23] = True, True
-    masks[2, 3:18, 5:20], masks[2, 6:15, 8:17] = True, False
-    places = inner_places(masks).tolist()
-    assert abs(places[0][0] - 15) <= 2 and abs(places[0][1] - 10) <= 1
-    assert places[1] == [5, 5] and masks[2, places[2][1], places[2][0]] and places[3] == [0, 0]
+def test_the_prompt_is_drawn_to_the_parts_of_the_picture_in_the_mask():
+    seen = torch.eye(4)[None].repeat(4, 1, 1)  # four parts, each like itself alone
+    shares = torch.tensor([[0.0, 0.5, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0], [0.2, 0.0, 0.2, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    prompts = torch.tensor([[0.0, 3.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [2.0, 0.0, 2.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    right, wrong, both, empty = seg_place_loss(prompts, seen, shares).tolist()
+    assert 0 <= right < 1e-3 and abs(wrong - 1 / LIKENESS) < 1e-3 and 0 <= both < 1e-2 and empty == 0
+    assert seg_place_loss(2 * prompts, seen, 0.1 * shares).tolist() == pytest.approx(
+        [right, wrong, both, empty], abs=1e-6
+    )
+    assert gradcheck(
+        lambda p, s: seg_place_loss(p, s, shares[:3].double()), (randn(3, 5, grad=True), randn(3, 4, 5, grad=True))
+    )
 
 
 def test_intersection_and_union_in_pixels():

@@ -60,7 +60,7 @@ def test_a_weight_moves_exactly_its_parameters(tiny_folder, rows, tmp_path, weig
     trainer = trainer_of(tiny_folder(), rows, tmp_path, **only(weight))
     flip_lora(trainer)
     expected = set(PARTS) if weight.startswith("seg") else LANGUAGE
-    if weight == "seg_point_weight":  # which asks for the prompt alone
+    if weight == "seg_place_weight":  # which asks for the prompt alone
         expected -= {"mask decoder"}
     assert moved(gradients(trainer, [rows[:2]])) == expected
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
