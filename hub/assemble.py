@@ -321,7 +321,7 @@ def assemble(
         (unfinished / "README.md").write_text(_card(blueprint, backbone, sam, depth), encoding="utf-8")
         write_manifest(unfinished)
         os.chmod(unfinished, 0o777 & ~_umask())  # mkdtemp's folders are private
-        _put_in_place(unfinished, out)
+        put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
@@ -413,7 +413,8 @@ def _is_perceptio(folder: Path) -> bool:
         return False
 
 
-def _put_in_place(unfinished: Path, out: Path) -> None:
+def put_in_place(unfinished: Path, out: Path) -> None:
+    """Rename a finished folder to `out`; one that is there is moved aside first, and back if that fails."""
     if not out.exists():
         os.rename(unfinished, out)
         return

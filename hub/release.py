@@ -21,7 +21,7 @@ from ..files_perceptio import copy_code
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
 from ..training.checkpoints import STATE, checkpoints
-from .assemble import KEPT_FLOAT32, PART_PREFIXES, _put_in_place
+from .assemble import KEPT_FLOAT32, PART_PREFIXES, put_in_place
 from .card import CARD, CURVE, EVALUATION, LOG, write_card
 from .manifest import write_manifest
 from .weights import write_shards
@@ -58,7 +58,7 @@ def release(run: Path, folder: Path, recipe: Path) -> Path:
     write_json(half / CARD, card_facts(folder.name))
     write_card(half, folder.name, LICENCE)
     write_manifest(half)
-    _put_in_place(half, folder)
+    put_in_place(half, folder)
     return folder
 
 

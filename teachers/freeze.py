@@ -9,6 +9,7 @@ Writes the weights in half precision, the figures on held-out scenes, the log of
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig, InternVLVisionModel, PreTrainedModel, Sam2M
 
 from ..cli import refuse
 from ..data.manifest import write_json
+from ..hub.assemble import put_in_place
 from ..hub.manifest import write_manifest
 from ..training.checkpoints import STATE, checkpoints
 
@@ -48,18 +50,22 @@ On held-out scenes, before the weights were rounded:
 
 
 def freeze(run: Path, folder: Path) -> Path:
-    """run: the output folder of a trainer of `perceptio.teachers`, finished."""
+    """run: the output folder of a trainer of `perceptio.teachers`, finished.  A folder that is there is replaced at
+    the end."""
     model = load_part(run / "model")
     found = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if found:
         raise ValueError(f"`{found[0]}` holds NaN or infinite values: this training did not end well")
     figures = json.loads((run / "model" / FIGURES).read_text("utf-8"))
     log = json.loads((checkpoints(run)[-1] / STATE).read_text("utf-8"))["log_history"]
-    model.half().save_pretrained(folder)
-    write_json(folder / FIGURES, figures)
-    (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
-    (folder / "README.md").write_text(_card(folder.name, model, figures, log), encoding="utf-8")
-    write_manifest(folder)
+    half = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(half, ignore_errors=True)
+    model.half().save_pretrained(half)
+    write_json(half / FIGURES, figures)
+    (half / LOG).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    (half / "README.md").write_text(_card(folder.name, model, figures, log), encoding="utf-8")
+    write_manifest(half)
+    put_in_place(half, folder)
     return folder
 
 

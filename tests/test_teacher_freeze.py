@@ -44,6 +44,19 @@ def test_halves_on_the_disk_and_the_figures_on_the_card(run, tmp_path):
     assert json.loads((folder / "log.jsonl").read_text()) == {"step": 7, "loss": 2.0}
 
 
+def test_what_was_frozen_before_is_replaced_whole_or_not_at_all(run, tmp_path, monkeypatch):
+    folder = freeze(run, tmp_path / "part")
+    (folder / "of-before.txt").write_text("x")
+    monkeypatch.setattr("perceptio.teachers.freeze.write_manifest", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        freeze(run, folder)
+    assert (folder / "of-before.txt").is_file() and load_part(folder)
+    monkeypatch.undo()
+    freeze(run, folder)
+    assert not (folder / "of-before.txt").exists() and verify_manifest(folder) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
 def test_what_is_not_finished_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "part")]) == 2
     assert "nowhere" in (said := capsys.readouterr().err) and said.count("\n") == 1

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters_perceptio import ADAPTER_FILE, PREFIX, RECORD, clean_name, describe_base, pack_record
-from ..hub.assemble import _put_in_place, _umask
+from ..hub.assemble import _umask, put_in_place
 from ..hub.manifest import write_manifest
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 
@@ -144,7 +144,7 @@ def _whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
         yield unfinished
         write_manifest(unfinished)
         os.chmod(unfinished, 0o777 & ~_umask())  # mkdtemp's folders are private
-        _put_in_place(unfinished, out)
+        put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
