@@ -113,7 +113,10 @@ def card_facts(name: str) -> dict:
         "measured on has other scenes. InternViT, SAM2's image encoder and the depth tokenizer were trained first, on "
         f"scenes of the same kind; `train_sft.py` with [{RECIPE}]({RECIPE}) trained the rest.",
         "made_by": "python -m perceptio.hub.train_tiny",
-        "limits": ["Its answers are about rendered things, and wrong about much that is not."],
+        "limits": [
+            "Its answers are about rendered things, and wrong about much that is not.",
+            "Its chat template writes a picture behind the words of its message, wherever the message has it.",
+        ],
         "parts": dict.fromkeys(PART_PREFIXES, made),
     }
 

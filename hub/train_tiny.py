@@ -3,6 +3,7 @@
     python -m perceptio.hub.train_tiny                    # until it is done
     python -m perceptio.hub.train_tiny --minutes 9        # stop in time; run again to go on
     python -m perceptio.hub.train_tiny --frozen           # with the trained teachers of checkpoints/
+    python -m perceptio.hub.train_tiny --start DIR        # go on with a perceptio-tiny that was trained before
 
 Every stage is a command of its own, printed as it is run; one that is done is not run again, one that was stopped goes
 on from its newest checkpoint.  Exit codes: 0 done, 75 stopped with more to do, else that of the stage that failed.
@@ -37,8 +38,9 @@ class Stage:
     done: Callable[[], bool]
 
 
-def stages(python: str = sys.executable, frozen: bool = False) -> list[Stage]:
-    """frozen: the teachers are those of `checkpoints/`, and are not trained."""
+def stages(python: str = sys.executable, frozen: bool = False, start: Path | None = None) -> list[Stage]:
+    """frozen: the teachers are those of `checkpoints/`, and are not trained.  start: a Perceptio to fine-tune in place
+    of a new one, which brings its own."""
 
     def stage(name: str, file: Path, *words) -> Stage:
         """One that leaves a file behind."""
@@ -70,10 +72,22 @@ def stages(python: str = sys.executable, frozen: bool = False) -> list[Stage]:
     ]
     if frozen:
         teachers, sam, vision = [], Path("checkpoints/sam-tiny"), Path("checkpoints/vision-tiny")
+    build = stage(
+        "base",
+        base / "manifest.json",
+        "-m",
+        "perceptio.hub.small",
+        base,
+        "--sam",
+        sam,
+        "--vision",
+        vision,
+        "--depth",
+        depth,
+    )
+    before, model = ([*teachers, build], ()) if start is None else ([], ("--model", start))
     return [
-        *teachers,
-        stage("base", base / "manifest.json",
-              "-m", "perceptio.hub.small", base, "--sam", sam, "--vision", vision, "--depth", depth),
+        *before,
         scenes(OUT / "rendered", "train", SCENES, "--seed", SEED, "--turns", 4, "--points", 1,
                "--point-turns", 5),
         stage("codes", OUT / "scenes/manifest.json",
@@ -83,7 +97,7 @@ def stages(python: str = sys.executable, frozen: bool = False) -> list[Stage]:
               "-m", "perceptio.data.sources.counterfactual", OUT / "scenes", OUT / "given", "--tokenizer", depth),
         *(scenes(OUT / "held-out", split, count) for split, count in HELD_OUT.items()),
         stage("fine-tuning", OUT / "run/model/manifest.json",
-              *fine_tuning(), "--config", recipes / "perceptio-tiny.yaml", "--resume"),
+              *fine_tuning(), "--config", recipes / "perceptio-tiny.yaml", "--resume", *model),
         stage("figures", OUT / "eval/results.json",
               "-m", "perceptio", "eval", "world", "--model", OUT / "run/model", "--data", OUT / "held-out",
               "--out", OUT / "eval", "--batch-size", 32),
@@ -128,9 +142,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, help="stop after so long, to go on with the same command")
     parser.add_argument("--frozen", action="store_true", help="take the trained teachers of checkpoints/")
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="a perceptio-tiny that was trained before, to go on with"
+    )
     options = parser.parse_args(arguments)
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes - PATIENCE / 2
-    for stage in stages(frozen=True) if options.frozen else stages():
+    for stage in stages(frozen=options.frozen, start=options.start):
         if stage.done():
             continue
         left = None if end is None else end - time.monotonic()

@@ -37,7 +37,7 @@ def stage(name: str, script: str, file: Path, size: int = 1) -> Stage:
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capfd):
     first, second = (stage(name, COUNT, tmp_path / name) for name in ("first", "second"))
-    monkeypatch.setattr(train_tiny, "stages", lambda: [first, second])
+    monkeypatch.setattr(train_tiny, "stages", lambda **_: [first, second])
     (tmp_path / "first").write_text("before")
     assert main([]) == 0 == main([])
     assert (tmp_path / "first").read_text() == "before" and (tmp_path / "second").read_text() == "x"
@@ -46,13 +46,13 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capfd):
 
 def test_a_stage_that_fails_ends_the_run(tmp_path, monkeypatch):
     bad = Stage("bad", (sys.executable, "-c", "import sys; sys.exit(3)"), lambda: False)
-    monkeypatch.setattr(train_tiny, "stages", lambda: [bad, stage("after", COUNT, tmp_path / "after")])
+    monkeypatch.setattr(train_tiny, "stages", lambda **_: [bad, stage("after", COUNT, tmp_path / "after")])
     assert main([]) == 3 and not (tmp_path / "after").exists()
 
 
 def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch):
     slow, after = stage("slow", SLOW, tmp_path / "slow", 3), stage("after", COUNT, tmp_path / "after")
-    monkeypatch.setattr(train_tiny, "stages", lambda: [slow, after])
+    monkeypatch.setattr(train_tiny, "stages", lambda **_: [slow, after])
     monkeypatch.setattr(train_tiny, "PATIENCE", 10)
     for count in (1, 2):
         assert main(["--minutes", str((5 + 4) / 60)]) == MORE_TO_DO
@@ -78,6 +78,19 @@ def test_every_stage_is_a_command_that_there_is(request, monkeypatch):
     assert tuned["model"] == str(train_tiny.OUT / "base") and tuned["output_dir"] == str(train_tiny.OUT / "run")
     written = {word for entry in stages() for word in entry.words}
     assert {str(Path(recipe.root) / source.path) for source in recipe.sources} <= written
+
+
+def test_one_that_was_trained_before_is_gone_on_with(request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
+    whole, shorter = stages(), stages(start=Path("checkpoints/some"))
+    tuned = next(entry for entry in shorter if entry.name == "fine-tuning")
+    names = [entry.name for entry in shorter]
+    assert names == [entry.name for entry in whole][3:] and "base" not in names
+    run, _ = parse(list(tuned.words[tuned.words.index("train_sft.py") + 1 :]))
+    assert run.model == "checkpoints/some" and run.resume
+    assert [entry.words for entry in shorter if entry is not tuned] == [
+        entry.words for entry in whole[3:] if entry.name != "fine-tuning"
+    ]
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 6, 64])
