@@ -71,6 +71,7 @@ def build_small(
         image_processor=GotOcr2ImageProcessorPil(
             size={"height": tile, "width": tile},
             crop_to_patches=False,
+            max_patches=1,  # it has seen whole pictures alone
             image_mean=[0.485, 0.456, 0.406],
             image_std=[0.229, 0.224, 0.225],
         ),

@@ -66,7 +66,9 @@ def test_it_runs_with_every_part(folder):
     picture = Image.new("RGB", (300, 200), (90, 120, 60))
     found = pipe(image=picture, text="Which one is nearer?", perception="seg+depth", max_new_tokens=106)
     assert len(found["depth_codes"]) == 100 and found["predicted_depth"].shape == (200, 300)
-    assert pipe.processor(images=picture, text=["<IMG_CONTEXT>"])["pixel_values"][0].shape[-1] == 224
+    for size in ((300, 200), (640, 448), (100, 1000)):  # one tile, which is all that it is trained on
+        tiles = pipe.processor(images=Image.new("RGB", size), text=["<IMG_CONTEXT>"])["pixel_values"]
+        assert [tile.shape for tile in tiles] == [(3, 224, 224)]
 
 
 def test_a_picture_stands_behind_the_words_of_its_message(folder):
