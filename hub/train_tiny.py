@@ -72,19 +72,8 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
     ]
     if frozen:
         teachers, sam, vision = [], Path("checkpoints/sam-tiny"), Path("checkpoints/vision-tiny")
-    build = stage(
-        "base",
-        base / "manifest.json",
-        "-m",
-        "perceptio.hub.small",
-        base,
-        "--sam",
-        sam,
-        "--vision",
-        vision,
-        "--depth",
-        depth,
-    )
+    build = stage("base", base / "manifest.json",
+                  "-m", "perceptio.hub.small", base, "--sam", sam, "--vision", vision, "--depth", depth)  # fmt: skip
     before, model = ([*teachers, build], ()) if start is None else ([], ("--model", start))
     return [
         *before,
