@@ -37,15 +37,7 @@ TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "n
         "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # fmt: skip
 SOLVED_SCENES = 640  # that the projector is solved for on
-PICTURE_FIRST = """\
-        {%- for part in message['content'] or [] -%}
-            {%- if part['type'] == 'image' -%}
-                {{- '<IMG_CONTEXT>\\n' -}}
-            {%- else -%}
-                {{- part['text'] -}}
-            {%- endif -%}
-        {%- endfor -%}
-"""
+PARTS_AS_THEY_COME = ("        {%- for part in message['content'] or [] -%}\n", "        {%- endfor -%}\n")  # from, to
 WORDS_FIRST = """\
         {%- for part in message['content'] or [] if part['type'] != 'image' -%}
             {{- part['text'] -}}
@@ -108,9 +100,10 @@ def build_small(
 
 
 def words_first() -> str:
-    if PICTURE_FIRST not in CHAT_TEMPLATE:
-        raise RuntimeError("the chat template has changed, and this place of it with it: this must not happen")
-    return CHAT_TEMPLATE.replace(PICTURE_FIRST, WORDS_FIRST)
+    """The chat template with the parts of a message sorted: its words, then its pictures."""
+    begin, end = PARTS_AS_THEY_COME
+    before, rest = CHAT_TEMPLATE.split(begin, 1)
+    return before + WORDS_FIRST + rest.split(end, 1)[1]
 
 
 def _part(folder, kind: type, place: str):
