@@ -16,7 +16,7 @@ if not OLDEST <= Version(transformers.__version__) < TOO_NEW:
 
 TEXT_MODEL_TYPES = ("qwen2", "llama", "qwen3")
 # A configuration that asks for more than this is a typing error or an attack, and building it would allocate first.
-LARGEST_SIZE, MOST_LAYERS = 10_000_000, 1_000
+LARGEST_SIZE, MOST_LAYERS, MOST_STAGES = 10_000_000, 1_000, 8
 LAYER_FIELDS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "iou_head_depth")
 SIZE_FIELDS = (*LAYER_FIELDS, "hidden_size", "intermediate_size", "image_size", "patch_size", "_dim", "vocab_size")
 
@@ -144,6 +144,28 @@ class PerceptioDepthConfig(PreTrainedConfig):
         return self.grid_size**2
 
 
+def _check_stages(field: str, counts, widths, high: int) -> None:
+    """One number of each of the stages that `widths` are of."""
+    if not isinstance(counts, (list, tuple)) or not 1 <= len(counts) <= MOST_STAGES or len(counts) != len(widths):
+        raise ValueError(f"`{field}` is {counts!r:.80}, expected a number for each stage, {MOST_STAGES} at most")
+    for count in counts:
+        _check_count(field, count, high=high)
+
+
+def first_pixels(vision_config) -> int:
+    """Pixels along a side that the first of the convolutions which read patches takes together; each later stage of
+    `conv_widths` halves the side of the picture once more."""
+    widths = vision_config.conv_widths
+    _check_stages("vision_config.conv_widths", widths, widths, LARGEST_SIZE)
+    _check_stages("vision_config.conv_depths", getattr(vision_config, "conv_depths", None), widths, MOST_LAYERS)
+    side, halved = vision_config.patch_size[0], 2 ** (len(widths) - 1)
+    if side % halved:
+        raise ValueError(
+            f"`vision_config.patch_size` is {side}, expected a multiple of {halved} for {len(widths)} `conv_widths`"
+        )
+    return side // halved
+
+
 class PerceptioConfig(InternVLConfig):
     r"""InternVL's configuration (`vision_config`, `text_config`, `image_token_id`, …) with Perceptio's branches.
 
@@ -247,6 +269,12 @@ class PerceptioConfig(InternVLConfig):
             raise ValueError(
                 f"control tokens share an id: {singles}, codes from {ids[0]}, image {self.image_token_id}"
             )
+        if getattr(self.vision_config, "conv_widths", None):
+            first_pixels(self.vision_config)
+        backbone = self.mask_config.vision_config.backbone_config
+        if getattr(backbone, "conv_depths", None):
+            field = "mask_config.vision_config.backbone_config.conv_depths"
+            _check_stages(field, backbone.conv_depths, backbone.embed_dim_per_stage, MOST_LAYERS)
         features = self.vision_config.image_size[0] // self.vision_config.patch_size[0]
         expected = int((features * self.downsample_ratio) ** 2)
         if self.image_seq_length != expected:

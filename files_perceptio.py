@@ -13,6 +13,7 @@ CODE_FILES = (
     "files_perceptio.py",
     "generation_perceptio.py",
     "losses_perceptio.py",
+    "modeling_convolutions.py",
     "modeling_depth_vqvae.py",
     "modeling_perceptio.py",
     "pipeline_perceptio.py",

@@ -17,7 +17,6 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLModel,
     LogitsProcessorList,
-    Sam2Model,
 )
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 from transformers.processing_utils import Unpack
@@ -46,6 +45,7 @@ from .losses_perceptio import (
     seg_place_loss,
     total_loss,
 )
+from .modeling_convolutions import PerceptioMaskModel, use_convolutions
 from .modeling_depth_vqvae import DepthVQVAE
 
 # Weight-only quantization is for the language model; masks and depth lose more by it than memory gains.
@@ -157,6 +157,10 @@ class PerceptioModel(InternVLModel):
     config_class = PerceptioConfig
     config: PerceptioConfig
 
+    def __init__(self, config: PerceptioConfig):
+        super().__init__(config)
+        use_convolutions(self.vision_tower)
+
 
 class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, GenerationMixin):
     """InternVL with a mask branch and a depth branch.
@@ -182,7 +186,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration, Genera
             raise ValueError(f"`branches` holds {sorted(unknown)}, expected some of {list(BRANCHES)}")
         if "mask" in branches:
             self.seg_projector = SegProjector(config)
-            self.mask_model = Sam2Model(config.mask_config)
+            self.mask_model = PerceptioMaskModel(config.mask_config)
         if "depth" in branches:
             self.depth_model = DepthVQVAE(config.depth_config).float()
         self.missing_branches = frozenset(BRANCHES) - set(branches)

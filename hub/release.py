@@ -107,10 +107,11 @@ def card_facts(name: str) -> dict:
     made = {"origin": "trained here, from nothing", "licence": LICENCE}
     return {
         "about": "A Perceptio small enough for a laptop, trained from nothing on rendered scenes: an InternVL "
-        f"(InternViT and Qwen2), a SAM2 and a depth tokenizer of the real classes. {name} shows how the method works; "
-        f"it has never seen a photograph, and knows {len(NOUNS)} kinds of things.",
+        "(a vision tower and Qwen2), a SAM2 and a depth tokenizer of the real classes. Convolutions read the pictures "
+        f"in place of the first layers of InternViT and of SAM2's Hiera. {name} shows how the method works; it has "
+        f"never seen a photograph, and knows {len(NOUNS)} kinds of things.",
         "data": "Rendered scenes with exact depth, masks and answers (`perceptio world build`); the split that it is "
-        "measured on has other scenes. InternViT, SAM2's image encoder and the depth tokenizer were trained first, on "
+        "measured on has other scenes. Vision tower, SAM2's image encoder and depth tokenizer were trained first, on "
         f"scenes of the same kind; `train_sft.py` with [{RECIPE}]({RECIPE}) trained the rest.",
         "made_by": "python -m perceptio.hub.train_tiny",
         "limits": [

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, GotOcr2ImageProcessorPil, InternVLVisionModel, Qwen2Tokenizer, Sam2Model
+from transformers import AutoConfig, GotOcr2ImageProcessorPil, Qwen2Tokenizer
 
 from ..cli import refuse
 from ..configuration_perceptio import PerceptioConfig
+from ..modeling_convolutions import PerceptioMaskModel, PerceptioVisionModel
 from ..modeling_depth_vqvae import DepthVQVAE
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import CHAT_TEMPLATE, END_TURN_TOKEN, PerceptioProcessor, add_perception_tokens
@@ -51,10 +52,11 @@ WORDS_FIRST = """\
 def build_small(
     folder, sam, vision, depth, seed: int = 0, scenes: int = TEXT_SCENES, solved: int = SOLVED_SCENES
 ) -> PerceptioForConditionalGeneration:
-    """Write the folder.  sam: of a `Sam2Model`;  vision: of an `InternVLVisionModel`;  depth: of a `DepthVQVAE`; each
-    may be that of a Perceptio, too.  scenes: to learn the tokenizer from;  solved: to solve for the projector on."""
-    mask_model, depth_model = _part(sam, Sam2Model, "mask_model"), _part(depth, DepthVQVAE, "depth_model")
-    tower = _part(vision, InternVLVisionModel, "model.vision_tower")
+    """Write the folder.  sam: of a `PerceptioMaskModel`;  vision: of a `PerceptioVisionModel`;  depth: of a
+    `DepthVQVAE`; each may be that of a Perceptio, too.  scenes: to learn the tokenizer from;  solved: to solve for the
+    projector on."""
+    mask_model, depth_model = _part(sam, PerceptioMaskModel, "mask_model"), _part(depth, DepthVQVAE, "depth_model")
+    tower = _part(vision, PerceptioVisionModel, "model.vision_tower")
     (tile, _), (patch, _) = tower.config.image_size, tower.config.patch_size
     tokens = int((tile // patch) ** 2 * SHUFFLE**2)
     tokenizer = world_tokenizer(world_texts(scenes))

@@ -28,6 +28,7 @@ MORE_TO_DO = 75
 # glibc gives large blocks back to the system at once, and takes them again page by page in every step.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 STEP, CACHED = 16, 4  # records of a step, as the recipe has it, and of a part of one that a core keeps in its cache
+TEACHER_PARTS = 4  # of a step of the teachers, as their recipes have them
 PATIENCE = 100  # seconds for a stage to write down where it is
 
 
@@ -53,22 +54,8 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
     recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
     base, sam, vision = OUT / "base", OUT / "sam/model", OUT / "vision/model"
     teachers = [
-        stage(
-            "segmenter",
-            sam / "evaluation.json",
-            "-m",
-            "perceptio.teachers.sam",
-            "--config",
-            recipes / "teachers/sam-tiny.yaml",
-        ),
-        stage(
-            "vision tower",
-            vision / "evaluation.json",
-            "-m",
-            "perceptio.teachers.vision",
-            "--config",
-            recipes / "teachers/vision-tiny.yaml",
-        ),
+        stage("segmenter", sam / "evaluation.json", *teacher("sam")),
+        stage("vision tower", vision / "evaluation.json", *teacher("vision")),
     ]
     if frozen:
         teachers, sam, vision = [], Path("checkpoints/sam-tiny"), Path("checkpoints/vision-tiny")
@@ -95,15 +82,33 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
 
 def fine_tuning() -> tuple:
     """The script; on a CPU in as many processes as are worth it, each with few records at a time and fused layers."""
+    shared = shared_out(STEP // CACHED)
+    if not shared:
+        return ("train_sft.py",)
+    launch, step = shared
+    return (*launch, "train_sft.py", "--per_device_train_batch_size", CACHED, *step, "--compiled", "true",
+            "--pad_to_multiple_of", 32, "--dataloader_num_workers", 0)  # fmt: skip
+
+
+def teacher(name: str) -> tuple:
+    module, recipe = ("-m", f"perceptio.teachers.{name}"), ("--config", Path("recipes/teachers") / f"{name}-tiny.yaml")
+    shared = shared_out(TEACHER_PARTS)
+    if not shared:
+        return (*module, *recipe)
+    launch, step = shared
+    return (*launch, *module, *recipe, *step)
+
+
+def shared_out(parts: int) -> tuple[tuple, tuple] | None:
+    """How to start a script in as many processes as a step of so many parts can be shared out to, evenly, and how many
+    each then takes; None where there is an accelerator, which takes them one after the other."""
     import torch
 
     if torch.accelerator.is_available():
-        return ("train_sft.py",)
-    processes = min(os.cpu_count() or 1, STEP // CACHED)
-    processes -= (STEP // CACHED) % processes  # a step is shared out evenly
-    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "train_sft.py",
-            "--per_device_train_batch_size", CACHED, "--gradient_accumulation_steps", STEP // CACHED // processes,
-            "--compiled", "true", "--pad_to_multiple_of", 32, "--dataloader_num_workers", 0)  # fmt: skip
+        return None
+    processes = max(count for count in range(1, min(os.cpu_count() or 1, parts) + 1) if not parts % count)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+    return launch, ("--gradient_accumulation_steps", parts // processes)
 
 
 def _has_split(folder: Path, split: str) -> bool:

@@ -10,7 +10,7 @@ from ..world.surfaces import COLOURS, PATTERNS
 
 NAMES = {"noun": len(NOUNS) + 1, "colour": len(COLOURS) + 1, "pattern": len(PATTERNS) + 1}  # 0 where there is no thing
 POINT = len(LETTERS) + 1
-WEIGHTS = {"noun": 2.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 2.0}
+WEIGHTS = {"noun": 2.0, "colour": 0.5, "pattern": 0.3, "depth": 2.0}
 DEPTH_OFFSET = 0.1  # relative inverse depth is compared on a log scale above it
 
 
@@ -31,7 +31,7 @@ def split_cells(logits: Tensor, classes: dict[str, int]) -> dict[str, Tensor]:
     return {**dict(zip(classes, parts, strict=True)), "depth": depth[..., 0]}
 
 
-def cell_loss(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
+def cell_loss(found: dict[str, Tensor], truth: dict[str, Tensor], weights: dict[str, float] = WEIGHTS) -> Tensor:
     """float[]: the weighted sum; of what has a name, the mean over the cells that show something, which are few, and
     that over all cells; of depth over the cells where it is no NaN."""
     told = truth["depth"].isfinite()
@@ -41,7 +41,7 @@ def cell_loss(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
         missed = F.cross_entropy(found[name].flatten(0, -2), truth[name].flatten(), reduction="none")
         shown = truth[name].flatten() > 0
         losses[name] = missed.mean() + (missed * shown).sum() / shown.sum().clamp(min=1)
-    return sum(WEIGHTS[name] * loss for name, loss in losses.items())
+    return sum(weights[name] * loss for name, loss in losses.items())
 
 
 @torch.no_grad()

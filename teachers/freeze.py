@@ -14,15 +14,16 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, InternVLVisionModel, PreTrainedModel, Sam2Model
+from transformers import AutoConfig, PreTrainedModel
 
 from ..cli import refuse
 from ..data.manifest import write_json
 from ..hub.assemble import put_in_place
 from ..hub.manifest import write_manifest
+from ..modeling_convolutions import PerceptioMaskModel, PerceptioVisionModel
 from ..training.checkpoints import STATE, checkpoints
 
-KINDS = {"sam2": Sam2Model, "internvl_vision": InternVLVisionModel}
+KINDS = {"sam2": PerceptioMaskModel, "internvl_vision": PerceptioVisionModel}
 FIGURES, LOG = "evaluation.json", "log.jsonl"
 CARD = """---
 library_name: transformers
@@ -36,7 +37,7 @@ from nothing on rendered scenes in {steps:,} steps ({log}). The weights are stor
 
 ```python
 import torch
-from transformers import {kind}
+from perceptio.modeling_convolutions import {kind}
 
 model = {kind}.from_pretrained(folder, dtype=torch.float32)
 ```

@@ -4,7 +4,7 @@
 
 Its image encoder is then frozen in a Perceptio, as the published ones are.  Scenes are rendered once into
 `<output_dir>/scenes`.  A killed run goes on with the same command.  Writes `<output_dir>/model`, a folder for
-`Sam2Model.from_pretrained`, with its figures on held-out scenes in `evaluation.json`.
+`PerceptioMaskModel.from_pretrained`, with its figures on held-out scenes in `evaluation.json`.
 """
 
 import sys
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Sam2Config, Sam2Model
+from transformers import Sam2Config
 
 from ..losses_perceptio import mask_iou, seg_bce_loss, seg_dice_loss, seg_object_loss
+from ..modeling_convolutions import PerceptioMaskModel
 from .cells import NAMES, cell_loss, cell_truth, split_cells
+from .convolutions import close_convolutions, open_convolutions, start_convolutions
 from .freeze import load_part
-from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, main_of, train_part
+from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, cut_scene, main_of, train_part
 
 POINT, ABSENT, TOP_LEFT, BOTTOM_RIGHT = 1, -1, 2, 3  # what SAM2 calls the points of a prompt
 NOTHING = 255  # the number of no thing
@@ -38,6 +40,7 @@ class SamTrainingConfig(SceneArguments):
     boxes: float = field(default=0.4, metadata={"help": "share of the prompts that are boxes"})
     width: int = field(default=48, metadata={"help": "of the encoder's first stage; it doubles from stage to stage"})
     blocks: list[int] = field(default_factory=lambda: [1, 2, 5, 2], metadata={"help": "of each stage"})
+    convolutions: bool = field(default=False, metadata={"help": "blocks of convolutions, not of Hiera"})
     decoder_width: int = field(default=128, metadata={"help": "of the features and of the mask decoder"})
     label_names: list[str] | None = field(default_factory=lambda: ["masks"])
 
@@ -49,7 +52,7 @@ class SamTrainingConfig(SceneArguments):
             raise ValueError(f"`blocks` is {self.blocks}, expected four numbers from 1, the third at least 2")
 
 
-def sam_config(side: int, width: int, blocks: list[int], decoder_width: int) -> Sam2Config:
+def sam_config(side: int, width: int, blocks: list[int], decoder_width: int, convolutions: bool = False) -> Sam2Config:
     grid = side // 4
     widths = [width, 2 * width, 4 * width, 8 * width]
     return Sam2Config(
@@ -66,6 +69,7 @@ def sam_config(side: int, width: int, blocks: list[int], decoder_width: int) -> 
                 "global_attention_blocks": [sum(blocks[:3]) - 1],
                 "window_positional_embedding_background_size": [7, 7],
                 "mlp_ratio": 4.0,
+                **({"conv_depths": list(blocks)} if convolutions else {}),
             },
             "backbone_channel_list": widths[::-1],
             "backbone_feature_sizes": [[grid, grid], [grid // 2, grid // 2], [grid // 4, grid // 4]],
@@ -83,17 +87,26 @@ def sam_config(side: int, width: int, blocks: list[int], decoder_width: int) -> 
 
 
 class Prompts(SceneDraws):
+    """On scenes, and on parts of them."""
+
     def draw(self, scene: dict[str, Tensor], rng) -> dict[str, Tensor]:
         return draw_prompts(scene, self.args, rng)
 
 
-def draw_prompts(scene: dict[str, Tensor], args: SamTrainingConfig, rng) -> dict[str, Tensor]:
+class ScenePrompts(SceneDraws):
+    """On whole scenes alone, to measure on."""
+
+    def draw(self, scene: dict[str, Tensor], rng) -> dict[str, Tensor]:
+        return draw_prompts(scene, self.args, rng, whole=True)
+
+
+def draw_prompts(scene: dict[str, Tensor], args: SamTrainingConfig, rng, whole: bool = False) -> dict[str, Tensor]:
     """pixel_values float[3, S, S], points float[P, 2, 2] (x, y), labels int[P, 2], masks bool[P, S/4, S/4], and of
     every cell what `cell_truth` tells.
 
     Half of the pictures are mirrored.  A picture without a thing of some size asks for what is there, the largest.
     """
-    image, things, depth, names = (scene[name] for name in ("image", "things", "depth", "names"))
+    image, things, depth, _ = cut_scene(scene, args.side, rng, whole)
     if rng.random() < 0.5:
         image, things, depth = image.flip(1), things.flip(1), depth.flip(1)
     counts = np.bincount(things.flatten().numpy(), minlength=2)
@@ -124,7 +137,7 @@ def draw_prompts(scene: dict[str, Tensor], args: SamTrainingConfig, rng) -> dict
         "labels": torch.tensor(labels),
         "masks": torch.stack(masks),
         "things": things[2::4, 2::4].long(),
-        **cell_truth(things, depth, names, CELL),
+        **cell_truth(things, depth, scene["names"], CELL),
     }
 
 
@@ -133,10 +146,12 @@ class PromptedSam(nn.Module):
 
     def __init__(self, config: Sam2Config):
         super().__init__()
-        self.sam = Sam2Model._from_config(config, attn_implementation="eager")  # its backward pass is the faster here
+        # the backward pass of written-out attention is the faster one on CPUs
+        self.sam = PerceptioMaskModel._from_config(config, attn_implementation="eager")
         for module in self.sam.modules():  # the library's small start is for fine-tuning
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 module.reset_parameters()
+        start_convolutions(self.sam)
         self.tell_places_alike()
         width = config.mask_decoder_config.hidden_size
         together = width // 8 + width // 4 + width  # of the three maps of features that the mask decoder reads
@@ -182,27 +197,37 @@ class PromptedSam(nn.Module):
         loss = cost.amin(-1).mean() + IOU_WEIGHT * (ious - found).square().mean() + OBJECT_WEIGHT * objects
         if self.training:
             loss = loss + self.cells_loss(features, things, truth)
-        chosen = found.gather(1, ious.argmax(-1, keepdim=True))[:, 0]
-        return {"loss": loss, "iou": chosen.detach(), "is_box": (labels[..., 0] == TOP_LEFT).flatten()}
+        best = ious.argmax(-1, keepdim=True)
+        shared, all_of_both = (area.gather(1, best)[:, 0].detach() for area in (intersection, union))
+        return {"loss": loss, "shared": shared, "union": all_of_both, "is_box": (labels[..., 0] == TOP_LEFT).flatten()}
 
 
 class SamTrainer(SceneTrainer):
-    facts = ("side", "prompts", "boxes", "width", "blocks", "decoder_width")
-    draws, part = Prompts, "sam"
+    facts = ("side", "prompts", "boxes", "width", "blocks", "convolutions", "decoder_width")
+    draws, measured, part = Prompts, ScenePrompts, "sam"
+
+    @staticmethod
+    def finish(model: PromptedSam) -> None:
+        close_convolutions(model.sam)
 
     @staticmethod
     def measure(rows: list[dict]) -> dict[str, float]:
-        """Mean IoU of the candidate that the model itself prefers, for points and for boxes."""
-        iou, is_box = (torch.cat([row[name] for row in rows]) for name in ("iou", "is_box"))
-        return {"mean_iou_points": iou[~is_box].mean().item(), "mean_iou_boxes": iou[is_box].mean().item()}
+        """Mean and cumulative IoU of the candidate that the model itself prefers, for points and for boxes."""
+        shared, union, is_box = (torch.cat([row[name] for row in rows]) for name in ("shared", "union", "is_box"))
+        figures = {}
+        for name, kind in (("points", ~is_box), ("boxes", is_box)):
+            figures[f"mean_iou_{name}"] = (shared[kind] / union[kind].clamp(min=1)).mean().item()
+            figures[f"cumulative_iou_{name}"] = (shared[kind].sum() / union[kind].sum().clamp(min=1)).item()
+        return figures
 
 
 def train(args: SamTrainingConfig) -> int:
     torch.manual_seed(args.seed)
-    model = PromptedSam(sam_config(args.side, args.width, args.blocks, args.decoder_width))
+    model = PromptedSam(sam_config(args.side, args.width, args.blocks, args.decoder_width, args.convolutions))
     if args.start is not None:
         model.sam.load_state_dict(load_part(args.start).state_dict())
         model.tell_places_alike()
+    open_convolutions(model.sam, norms=args.start is None)
     if args.process_index == 0:
         count, decoder = (sum(w.numel() for w in part.parameters()) for part in (model.sam, model.sam.mask_decoder))
         print(f"{count:,} parameters, {decoder:,} in the decoder")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import TrlParser
@@ -17,6 +18,8 @@ from ..training.checkpoints import EXIT_CODES, SafeCheckpoints, checkpoints
 from ..training.guard import GuardedSteps, NoMemory
 from ..training.muon import MuonTraining
 from ..world.instances import InstanceSet, write_instances
+
+CUT, LEAST_CUT = 0.7, 0.35  # share of the pictures that show what is around a thing, and the least side of that part
 
 
 @dataclass
@@ -59,7 +62,7 @@ class SceneDraws(torch.utils.data.Dataset):
 
 class SceneTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, Trainer):
     """facts: arguments that a run must keep to go on.  draws: what it trains on.  measured: what it is measured on,
-    where that is another.  part: of the model, what is kept.
+    where that is another.  part: of the model, what is kept.  finish: what is done to the model after its last step.
     measure: figures from the model's outputs on batches of held-out scenes."""
 
     facts: tuple[str, ...] = ()
@@ -67,6 +70,10 @@ class SceneTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, Trainer):
     measured: type[SceneDraws] | None = None
     part: str
     measure: Callable[[list[dict]], dict]
+
+    @staticmethod
+    def finish(model: nn.Module) -> None:
+        pass
 
     def run_facts(self) -> dict:
         names = ("scenes", "learning_rate", "seed", "max_steps", "per_device_train_batch_size", "muon", *self.facts)
@@ -96,6 +103,7 @@ def train_part(trainer_class: type[SceneTrainer], model: nn.Module, args: SceneA
     if trainer.interrupted is not None:
         return EXIT_CODES[trainer.interrupted]
     if trainer.is_world_process_zero():
+        trainer.finish(model)
         getattr(model, trainer.part).save_pretrained(out / "model")
         figures = {"scenes": len(unseen), **trainer.measure(outputs_on(unseen, model, args.device))}
         write_json(out / "model" / "evaluation.json", figures)
@@ -121,6 +129,35 @@ def _scene_sets(args: SceneArguments, side: int) -> tuple[InstanceSet, InstanceS
     )
     needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return scenes, held_out, max(1, -(-needed // len(scenes)))
+
+
+def cut_scene(scene: dict[str, Tensor], side: int, rng, all_of_it: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A square part of the scene with a thing in it, or all of it, in `side` pixels.
+
+    image uint8[side, side, 3], things uint8[side, side], depth float32[side, side] between the part's own nearest and
+    farthest, places int[5, 2], -1 outside.
+    """
+    whole = scene["image"].shape[0]
+    shown, size, left, top = scene["things"].nonzero(), whole, 0, 0
+    if not all_of_it and len(shown) and rng.random() < CUT:
+        size = round(whole * rng.uniform(LEAST_CUT, 1))
+        middle = shown[int(rng.integers(len(shown)))].tolist()
+        top, left = (min(max(at - int(rng.integers(size)), 0), whole - size) for at in middle)
+    rows, columns = slice(top, top + size), slice(left, left + size)
+    image, things, depth = resized(scene, rows, columns, side)
+    low, high = depth.aminmax()
+    places = (scene["places"].int() - torch.tensor([left, top])) * side // size
+    places[(scene["places"][:, 0] < 0) | (places < 0).any(1) | (places >= side).any(1)] = -1
+    return image, things, (depth - low) / (high - low).clamp(min=1e-6), places
+
+
+def resized(scene: dict[str, Tensor], rows: slice, columns: slice, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a square part of a scene: image uint8[side, side, 3], things uint8[side, side], depth float32[side, side]."""
+    image = scene["image"][rows, columns].permute(2, 0, 1)[None]
+    image = F.interpolate(image, (side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).contiguous()
+    maps = torch.stack([scene["things"][rows, columns].float(), scene["depth"][rows, columns].float()])
+    things, depth = F.interpolate(maps[None], (side, side), mode="nearest-exact")[0]
+    return image, things.byte(), depth
 
 
 def as_pixels(image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Train a small InternViT to tell what every part of a picture shows.
+"""Train a small vision tower of InternVL to tell what every part of a picture shows.
 
     python -m perceptio.teachers.vision --config recipes/teachers/vision-tiny.yaml
 
@@ -6,7 +6,7 @@ The vision towers of real backbones come trained; this is the small one's traini
 asked for the thing that it shows (noun, colour, pattern), how near it is, and whether a marked point is in it, by
 linear heads that are thrown away afterwards.  Scenes are rendered once into `<output_dir>/scenes`; they are shown
 whole, in part, or many things of many scenes in one picture.  A killed run goes on with the same command.  Writes
-`<output_dir>/model`, a folder for `InternVLVisionModel.from_pretrained`, with its figures on held-out scenes in
+`<output_dir>/model`, a folder for `PerceptioVisionModel.from_pretrained`, with its figures on held-out scenes in
 `evaluation.json`.
 """
 
@@ -17,20 +17,24 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import InternVLVisionConfig, InternVLVisionModel
+from transformers import InternVLVisionConfig
 
+from ..configuration_perceptio import first_pixels
+from ..modeling_convolutions import PerceptioVisionModel
+from ..world.instances import InstanceSet
 from ..world.marks import LETTERS, draw_points, drawn_larger
 from .cells import NAMES, POINT, cell_figures, cell_loss, cell_truth, split_cells
+from .convolutions import close_convolutions, open_convolutions, start_convolutions
 from .freeze import load_part
-from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, main_of, train_part
+from .scenes import SceneArguments, SceneDraws, SceneTrainer, as_pixels, cut_scene, main_of, resized, train_part
 
 CLASSES = {**NAMES, "point": POINT}
+WEIGHTS = {"noun": 4.0, "colour": 0.5, "pattern": 0.3, "point": 1.0, "depth": 6.0}  # nouns are the hard ones
 POSITIONS, ALIKE, PASSED = 0.5, 0.4, 0.4  # at the start: size of the positions; of what is compared, and of its values
 MARKED = 0.6  # share of the pictures that have marked points
-TILED, TILES, AROUND = 0.5, (3, 4), (1.1, 2.0)  # share of the pictures made of many things, their tiles along a side,
-# and how much larger than its thing a tile is
-LEAST_TILE = 20  # pixels of the scene
-CUT, LEAST_CUT = 0.7, 0.35  # share of the pictures that show what is around a thing, and the least side of that part
+TILED, TILES = 0.6, (2, 3, 3, 4)  # share of the pictures made of many things; how many tiles they have along a side
+AROUND = (1.1, 2.0)  # how much larger than its thing a tile is
+LEAST_TILE, LEAST_SHOWN = 20, 0.002  # pixels of the scene; share of them that a thing has at least
 
 
 @dataclass
@@ -42,6 +46,10 @@ class VisionTrainingConfig(SceneArguments):
     patch: int = field(default=14, metadata={"help": "side of a patch"})
     cells: int = field(default=2, metadata={"help": "that are asked along each side of a patch"})
     width: int = field(default=256, metadata={"help": "of the tower"})
+    conv_widths: list[int] = field(
+        default_factory=list, metadata={"help": "of the stages that read a patch; none: one linear map reads it"}
+    )
+    conv_depths: list[int] = field(default_factory=list, metadata={"help": "blocks of each stage"})
     layers: int = field(default=8, metadata={"help": "of the tower"})
     heads: int = field(default=4, metadata={"help": "of its attention"})
     label_names: list[str] | None = field(default_factory=lambda: ["noun"])
@@ -50,11 +58,16 @@ class VisionTrainingConfig(SceneArguments):
         super().__post_init__()
         if self.side % (2 * self.patch):
             raise ValueError(f"`side` is {self.side}, expected a multiple of {2 * self.patch}, twice `patch`")
+        if self.conv_widths:
+            first_pixels(vision_config(self.side, self.patch, self.width, 1, 1, self.conv_widths, self.conv_depths))
         if self.patch % self.cells:
             raise ValueError(f"`cells` is {self.cells}, expected a divisor of `patch`, which is {self.patch}")
 
 
-def vision_config(side: int, patch: int, width: int, layers: int, heads: int) -> InternVLVisionConfig:
+def vision_config(
+    side: int, patch: int, width: int, layers: int, heads: int, conv_widths=(), conv_depths=()
+) -> InternVLVisionConfig:
+    stages = {"conv_widths": list(conv_widths), "conv_depths": list(conv_depths)} if conv_widths else {}
     return InternVLVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -63,18 +76,28 @@ def vision_config(side: int, patch: int, width: int, layers: int, heads: int) ->
         image_size=side,
         patch_size=patch,
         layer_scale_init_value=1.0,  # a small one is for hundreds of layers, and slow
+        **stages,
     )
 
 
 class Cells(SceneDraws):
     """Scenes, and pictures of many things."""
 
+    def __init__(self, scenes: InstanceSet, args: VisionTrainingConfig, repeats: int = 1):
+        super().__init__(scenes, args, repeats)
+        self._frames: dict[int, Tensor] = {}  # finding them takes longer than all that is drawn of a tile
+
     def draw(self, scene: dict[str, Tensor], rng) -> dict[str, Tensor]:
         if rng.random() < TILED:
-            tiles = int(rng.choice(TILES))
-            others = (self.scenes[int(place)] for place in rng.integers(len(self.scenes), size=tiles**2 - 1))
-            return draw_tiles([scene, *others], self.args, rng)
+            places = rng.integers(len(self.scenes), size=int(rng.choice(TILES)) ** 2)
+            return draw_tiles([self.framed(int(place)) for place in places], self.args, rng)
         return draw_cells(scene, self.args, rng)
+
+    def framed(self, place: int) -> dict[str, Tensor]:
+        scene = self.scenes[place]
+        if place not in self._frames:
+            self._frames[place] = frames(scene["things"])
+        return {**scene, "frames": self._frames[place]}
 
 
 class SceneCells(SceneDraws):
@@ -106,20 +129,23 @@ def draw_cells(scene: dict[str, Tensor], args: VisionTrainingConfig, rng, whole:
 
 def draw_tiles(scenes: list[dict[str, Tensor]], args: VisionTrainingConfig, rng) -> dict[str, Tensor]:
     """The same, of a picture in which a square number of scenes have a tile each, with a thing that fills most of it:
-    many more names than a scene has.  How near something is cannot be told of a tile, so that depth is NaN."""
-    count, marked = math.isqrt(len(scenes)), {}
+    many more names than a scene has.  How near something is cannot be told of a tile, so that depth is NaN.
+
+    scenes: with the `frames` of their things.
+    """
+    count, marked, marks = math.isqrt(len(scenes)), {}, rng.random() < MARKED
     tile, cell = args.side // count, args.patch // args.cells
     image = torch.zeros(args.side, args.side, 3, dtype=torch.uint8)
     names = torch.zeros(args.side, args.side, 3, dtype=torch.uint8)
     for place, scene in enumerate(scenes):
         top, left = (at * tile for at in divmod(place, count))
-        rows, columns = around_a_thing(scene["things"], rng)
+        rows, columns = around_a_thing(scene, rng)
         pixels, things, _ = resized(scene, rows, columns, tile)
         if rng.random() < 0.5:
             pixels, things = pixels.flip(1), things.flip(1)
         image[top : top + tile, left : left + tile] = pixels
         names[top : top + tile, left : left + tile] = scene["names"][things.long()]
-        if rng.random() < MARKED:
+        if marks and rng.random() < MARKED:
             x, y = (int(at) for at in rng.integers(tile // 3, tile - tile // 8, 2))
             marked[left + x, top + y] = str(rng.choice(list(LETTERS)))
     middle = slice(cell // 2, None, cell)
@@ -140,43 +166,25 @@ def show(image: Tensor, marked: dict[tuple[int, int], str], args: VisionTraining
     return {"pixel_values": as_pixels((image.float() * light).clamp(0, 255)), "point": point}
 
 
-def cut_scene(scene: dict[str, Tensor], side: int, rng, all_of_it: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A square part of the scene with a thing in it, or all of it, in `side` pixels.
-
-    image uint8[side, side, 3], things uint8[side, side], depth float32[side, side] between the part's own nearest and
-    farthest, places int[5, 2], -1 outside.
-    """
-    whole = scene["image"].shape[0]
-    shown, size, left, top = scene["things"].nonzero(), whole, 0, 0
-    if not all_of_it and len(shown) and rng.random() < CUT:
-        size = round(whole * rng.uniform(LEAST_CUT, 1))
-        middle = shown[int(rng.integers(len(shown)))].tolist()
-        top, left = (min(max(at - int(rng.integers(size)), 0), whole - size) for at in middle)
-    rows, columns = slice(top, top + size), slice(left, left + size)
-    image, things, depth = resized(scene, rows, columns, side)
-    low, high = depth.aminmax()
-    places = (scene["places"].int() - torch.tensor([left, top])) * side // size
-    places[(scene["places"][:, 0] < 0) | (places < 0).any(1) | (places >= side).any(1)] = -1
-    return image, things, (depth - low) / (high - low).clamp(min=1e-6), places
+def frames(things: Tensor) -> Tensor:
+    """uint8[S, S] → int[things, 2, 2]: the first and last (row, column) of each that shows well; of the whole where
+    there is none."""
+    shown = 1 + things.flatten().bincount()[1:].ge(LEAST_SHOWN * things.numel()).nonzero()[:, 0]
+    found = []
+    for number in shown.tolist():
+        own = things == number
+        sides = [own.any(1 - side).nonzero()[:, 0] for side in (0, 1)]
+        found.append(torch.tensor([[int(side[end]) for side in sides] for end in (0, -1)]))
+    return torch.stack(found or [torch.tensor([[0, 0], [side - 1 for side in things.shape]])])
 
 
-def around_a_thing(things: Tensor, rng) -> tuple[slice, slice]:
-    """Rows and columns of a square about one of the things; of any, where there is none."""
-    side, numbers = things.shape[0], 1 + things.flatten().bincount()[1:].nonzero()[:, 0]
-    own = (things == numbers[int(rng.integers(len(numbers)))] if len(numbers) else torch.ones_like(things)).nonzero()
-    low, high = own.min(0).values, own.max(0).values
+def around_a_thing(scene: dict[str, Tensor], rng) -> tuple[slice, slice]:
+    """Rows and columns of a square about one of the scene's `frames`."""
+    side = scene["things"].shape[0]
+    low, high = scene["frames"][int(rng.integers(len(scene["frames"])))]
     size = int(min(side, max(LEAST_TILE, int((high - low).max()) * rng.uniform(*AROUND))))
     corner = ((low + high) // 2 - torch.from_numpy(rng.uniform(0.4, 0.6, 2) * size)).int().clamp(0, side - size)
     return tuple(slice(at, at + size) for at in corner.tolist())
-
-
-def resized(scene: dict[str, Tensor], rows: slice, columns: slice, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a square part of a scene: image uint8[side, side, 3], things uint8[side, side], depth float32[side, side]."""
-    image = scene["image"][rows, columns].permute(2, 0, 1)[None]
-    image = F.interpolate(image, (side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).contiguous()
-    maps = torch.stack([scene["things"][rows, columns].float(), scene["depth"][rows, columns].float()])
-    things, depth = F.interpolate(maps[None], (side, side), mode="nearest-exact")[0]
-    return image, things.byte(), depth
 
 
 class CellReader(nn.Module):
@@ -188,7 +196,7 @@ class CellReader(nn.Module):
         super().__init__()
         self.cells = cells
         # the backward pass of written-out attention is the faster one on CPUs
-        self.tower = InternVLVisionModel._from_config(config, attn_implementation="eager")
+        self.tower = PerceptioVisionModel._from_config(config, attn_implementation="eager")
         start_well(self.tower)
         self.heads = nn.Linear(config.hidden_size, cells**2 * (sum(CLASSES.values()) + 1))
 
@@ -203,11 +211,11 @@ class CellReader(nn.Module):
     def forward(self, pixel_values: Tensor, **truth: Tensor) -> dict[str, Tensor]:
         found = self.read(pixel_values)
         figures = {} if self.training else cell_figures(found, truth)
-        return {"loss": cell_loss(found, truth), **figures}
+        return {"loss": cell_loss(found, truth, WEIGHTS), **figures}
 
 
 @torch.no_grad()
-def start_well(tower: InternVLVisionModel) -> None:
+def start_well(tower: PerceptioVisionModel) -> None:
     """Near places begin alike, and attention begins by comparing each place with those that are like it, as it ends up
     in trained towers: few scenes then go a long way."""
     positions, width = tower.embeddings.position_embeddings, tower.config.hidden_size
@@ -217,6 +225,7 @@ def start_well(tower: InternVLVisionModel) -> None:
         for linear, share in ((attention.q_proj, ALIKE), (attention.k_proj, ALIKE), (attention.v_proj, PASSED),
                               (attention.projection_layer, -PASSED)):  # fmt: skip
             linear.weight.copy_(share * torch.eye(width) + 0.02 * torch.randn(width, width))
+    start_convolutions(tower)
 
 
 def sine_positions(side: int, width: int) -> Tensor:
@@ -228,8 +237,12 @@ def sine_positions(side: int, width: int) -> Tensor:
 
 
 class VisionTrainer(SceneTrainer):
-    facts = ("side", "scene_side", "patch", "cells", "width", "layers", "heads")
+    facts = ("side", "scene_side", "patch", "cells", "width", "conv_widths", "conv_depths", "layers", "heads")
     draws, measured, part = Cells, SceneCells, "tower"
+
+    @staticmethod
+    def finish(model: CellReader) -> None:
+        close_convolutions(model.tower)
 
     @staticmethod
     def measure(rows: list[dict]) -> dict[str, float]:
@@ -244,22 +257,28 @@ class VisionTrainer(SceneTrainer):
 
 def train(args: VisionTrainingConfig) -> int:
     torch.manual_seed(args.seed)
-    model = CellReader(vision_config(args.side, args.patch, args.width, args.layers, args.heads), args.cells)
+    sizes = (args.side, args.patch, args.width, args.layers, args.heads, args.conv_widths, args.conv_depths)
+    model = CellReader(vision_config(*sizes), args.cells)
     if args.start is not None:
         model.tower.load_state_dict(fitted(load_part(args.start).state_dict(), model.tower.state_dict()))
+    open_convolutions(model.tower, norms=args.start is None)
     return train_part(VisionTrainer, model, args, args.scene_side)
 
 
 def fitted(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a tower for pictures or patches of another size: its filters and positions are resized."""
+    """The weights of a tower for pictures or patches of another size: its filters and positions are resized.
+    Convolutions that read patches are kept as they are."""
     patch, place = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
-    old, new = weights[patch].shape[-1], like[patch].shape[-1]
-    filters = F.interpolate(weights[patch], (new, new), mode="bilinear", antialias=True) * (old / new) ** 2
+    filters = {}
+    if patch in weights:
+        old, new = weights[patch].shape[-1], like[patch].shape[-1]
+        resized = F.interpolate(weights[patch], (new, new), mode="bilinear", antialias=True)
+        filters[patch] = resized * (old / new) ** 2
     first, rest = weights[place].split([1, weights[place].shape[1] - 1], 1)
     before, after = (int((positions.shape[1] - 1) ** 0.5) for positions in (weights[place], like[place]))
     rest = rest.unflatten(1, (before, before)).permute(0, 3, 1, 2)
     rest = F.interpolate(rest, (after, after), mode="bicubic").flatten(2).transpose(1, 2)
-    return {**weights, patch: filters, place: torch.cat([first, rest], 1)}
+    return {**weights, **filters, place: torch.cat([first, rest], 1)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -47,6 +47,20 @@ def test_only_matrices_of_hidden_layers_are_muons(model):
     assert names_of(model, vectors) == {"hidden.bias", "back.bias", "conv.bias"} and vectors["weight_decay"] == 0.0
 
 
+def test_a_weight_that_is_kept_as_a_matrix_is_muons(model):
+    class Rows(nn.Module):
+        def forward(self, matrix):
+            return matrix.unflatten(1, (1, 3))
+
+        def right_inverse(self, weight):
+            return weight.flatten(1)
+
+    nn.utils.parametrize.register_parametrization(model.conv, "weight", Rows())
+    matrices, others, _ = muon_groups(model, 0.1)
+    assert "conv.parametrizations.weight.original" in names_of(model, matrices)
+    assert names_of(model, others) == {"embed.weight"}
+
+
 def test_the_others_take_adamws_step(model):
     """Over several steps; a step on a matrix is as long as AdamW's usual one, in all its directions."""
     twin = copy.deepcopy(model)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import Sam2Model
 
+from perceptio.modeling_convolutions import ConvBackbone, PerceptioMaskModel
 from perceptio.teachers.sam import (
     BOTTOM_RIGHT,
     POINT,
@@ -67,7 +67,7 @@ def test_a_prompt_shows_its_mask(scenes, args, boxes):
     args.boxes = boxes
     for index in range(6):
         things = scenes[index]["things"]
-        drawn = draw_prompts(scenes[index], args, np.random.default_rng(index))
+        drawn = draw_prompts(scenes[index], args, np.random.default_rng(index), whole=True)
         mirrored = np.random.default_rng(index).random() < 0.5
         shown = things.flip(1) if mirrored else things
         assert drawn["pixel_values"].shape == (3, 64, 64) and drawn["masks"].shape == (6, 16, 16)
@@ -86,23 +86,38 @@ def test_a_prompt_shows_its_mask(scenes, args, boxes):
                 assert torch.equal(found, mask)
 
 
+def test_a_part_of_a_scene_shows_its_things_larger(scenes, args):
+    """A click lies in its mask there, too, and the things fill more of the part than of the whole."""
+    args.boxes, filled = 0.0, {True: 0.0, False: 0.0}
+    for index in range(60):
+        for whole in filled:
+            drawn = draw_prompts(scenes[index % 6], args, np.random.default_rng(index), whole)
+            filled[whole] += (drawn["things"] > 0).float().mean().item()
+            for (x, y), mask in zip(drawn["points"][:, 0].long().tolist(), drawn["masks"], strict=True):
+                near = mask[max(0, y // 4 - 1) : y // 4 + 2, max(0, x // 4 - 1) : x // 4 + 2]
+                assert near.any() or mask.sum() < 4
+    assert filled[False] > 1.15 * filled[True]
+
+
 def test_a_picture_without_things_goes_through(args):
     empty = {
         "image": torch.zeros(64, 64, 3, dtype=torch.uint8),
         "things": torch.zeros(64, 64, dtype=torch.uint8),
         "depth": torch.zeros(64, 64, dtype=torch.float16),
         "names": torch.zeros(256, 3, dtype=torch.uint8),
+        "places": torch.full((5, 2), -1, dtype=torch.int16),
     }
     drawn = draw_prompts(empty, args, np.random.default_rng(0))
     assert not drawn["masks"].any() and torch.isfinite(drawn["points"]).all()
     assert not drawn["noun"].any() and drawn["depth"].shape == (16, 16)
 
 
-def test_a_short_training_learns_and_leaves_a_model(tmp_path, capsys):
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_a_short_training_learns_and_leaves_a_model(convolutions, tmp_path, capsys):
     arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 64, "width": 16, "decoder_width": 32,
                  "per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 3e-3, "logging_steps": 5,
                  "save_steps": 15, "report_to": "none", "disable_tqdm": True, "bf16": False, "prompts": 2,
-                 "train_sampling_strategy": "sequential"}  # fmt: skip
+                 "train_sampling_strategy": "sequential", "convolutions": convolutions}  # fmt: skip
     words = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
     assert main([*words, "--blocks", "1", "1", "2", "1"]) == 0
     state = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())
@@ -110,6 +125,10 @@ def test_a_short_training_learns_and_leaves_a_model(tmp_path, capsys):
     assert losses[-1] < losses[0] - 0.3, losses
     figures = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     assert figures["scenes"] == 4 and 0 <= figures["mean_iou_boxes"] <= 1
-    assert Sam2Model.from_pretrained(tmp_path / "model").config.prompt_encoder_config.image_size == 64
+    kept = PerceptioMaskModel.from_pretrained(tmp_path / "model")
+    assert kept.config.prompt_encoder_config.image_size == 64
+    assert isinstance(kept.vision_encoder.backbone, ConvBackbone) == convolutions
+    features = [tuple(level.shape) for level in kept.get_image_embeddings(torch.zeros(1, 3, 64, 64))]
+    assert features == [(1, 4, 16, 16), (1, 8, 8, 8), (1, 32, 4, 4)]
     assert main([*words, "--side", "100"]) == 2
     assert "`side` is 100" in capsys.readouterr().err

@@ -5,18 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import InternVLVisionModel
 
+from perceptio.modeling_convolutions import PerceptioVisionModel
 from perceptio.processing_perceptio import IMAGENET_MEAN, IMAGENET_STD
 from perceptio.teachers.cells import DEPTH_OFFSET
+from perceptio.teachers.convolutions import close_convolutions, convolutions, open_convolutions
+from perceptio.teachers.scenes import cut_scene
 from perceptio.teachers.vision import (
     CLASSES,
+    LEAST_SHOWN,
     CellReader,
     VisionTrainingConfig,
-    cut_scene,
     draw_cells,
     draw_tiles,
     fitted,
+    frames,
     main,
     vision_config,
 )
@@ -109,7 +112,8 @@ def numbered_scene(side: int = SIDE) -> dict[str, torch.Tensor]:
     depth = torch.linspace(0, 1, side).expand(side, side).half()
     places = torch.tensor([[20, 20], [75, 25], [30, 80], [90, 90], [-1, -1]], dtype=torch.int16)
     image = (50 * things)[..., None].repeat(1, 1, 3)
-    return {"image": image, "things": things, "depth": depth, "names": names, "places": places}
+    return {"image": image, "things": things, "depth": depth, "names": names, "places": places,
+            "frames": frames(things)}  # fmt: skip
 
 
 def test_a_part_of_a_scene_is_cut_with_all_that_is_known_of_it():
@@ -145,6 +149,36 @@ def test_a_picture_of_tiles_shows_a_thing_of_each_scene_and_asks_for_no_depth(ar
     loss = reader(**{name: tensor[None] for name, tensor in drawn.items()})["loss"]
     loss.backward()
     assert loss.isfinite() and all(weight.grad.isfinite().all() for weight in reader.parameters())
+
+
+def test_things_that_show_well_are_framed():
+    scene = numbered_scene()
+    found = {tuple(frame.flatten().tolist()) for frame in scene["frames"]}
+    assert found == {(8, 8, 41, 41), (10, 60, 43, 93), (60, 12, 93, 45), (58, 64, 91, 97)}
+    things = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+    things[:4, :4], things[50:70, 20:90] = 3, 9
+    assert 16 < LEAST_SHOWN * SIDE**2 and frames(things).tolist() == [[[50, 20], [69, 89]]]
+    assert frames(torch.zeros_like(things)).tolist() == [[[0, 0], [SIDE - 1, SIDE - 1]]]
+
+
+def test_convolutions_are_trained_with_norms_and_kept_without():
+    torch.manual_seed(0)
+    reader = CellReader(vision_config(56, 14, 32, 1, 2, (8, 16), (1, 2)))
+    plain = set(reader.tower.state_dict())
+    open_convolutions(reader.tower, norms=True)
+    pictures = [torch.randn(4, 3, 56, 56) * 2 + 1 for _ in range(20)]
+    for picture in pictures:
+        reader.read(picture)
+    pairs = convolutions(reader.tower)
+    kept = [pair[0].parametrizations.weight.original for pair in pairs if hasattr(pair[0], "parametrizations")]
+    assert len(pairs) == 9 and [matrix.ndim for matrix in kept] == [2] * 8
+    reader.eval()
+    with torch.no_grad():
+        before = reader.read(pictures[0])
+        close_convolutions(reader.tower)
+        after = reader.read(pictures[0])
+    assert set(reader.tower.state_dict()) == plain and not list(reader.tower.buffers())
+    assert all(torch.allclose(after[name], value, atol=1e-4) for name, value in before.items())
 
 
 def test_a_tower_goes_on_with_pictures_and_patches_of_another_size():
@@ -195,20 +229,23 @@ def test_attention_begins_near_by():
     assert near > 1.08 * far and seen.diagonal().mean() > near
 
 
-def test_a_short_training_learns_and_leaves_a_tower(tmp_path, capsys):
+@pytest.mark.parametrize("stages", [(), ("--conv_widths", "16", "32", "--conv_depths", "1", "1")])
+def test_a_short_training_learns_and_leaves_a_tower(stages, tmp_path, capsys):
     arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 56, "scene_side": 64, "width": 32,
                  "layers": 2, "heads": 2, "per_device_train_batch_size": 4, "max_steps": 40, "learning_rate": 3e-3,
                  "logging_steps": 5, "save_steps": 20, "report_to": "none", "disable_tqdm": True, "bf16": False,
                  "train_sampling_strategy": "sequential"}  # fmt: skip
-    words = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    words = [*stages, *(str(part) for name, value in arguments.items() for part in (f"--{name}", value))]
     assert main(words) == 0
     state = json.loads((tmp_path / "checkpoint-40" / "trainer_state.json").read_text())
     losses = [line["loss"] for line in state["log_history"] if "loss" in line]
     assert losses[-1] < losses[0] - 1.2, losses
     figures = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     assert figures["scenes"] == 4 and all(0 <= figures[name] <= 1 for name in (*CLASSES, "depth"))
-    tower = InternVLVisionModel.from_pretrained(tmp_path / "model")
+    tower = PerceptioVisionModel.from_pretrained(tmp_path / "model")
     assert tower(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 17, 32)
+    if stages:
+        return
     for field, value in (("side", "100"), ("cells", "4")):
         assert main([*words, f"--{field}", value]) == 2
         assert f"`{field}` is {value}" in capsys.readouterr().err

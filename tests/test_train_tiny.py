@@ -69,9 +69,10 @@ def test_every_stage_is_a_command_that_there_is(request, monkeypatch):
         words = list(entry.words[1:])
         if words[:2] == ["-m", "perceptio"]:
             build_parser().parse_args(words[2:])
-        elif words[0] == "-m" and words[1].startswith("perceptio.teachers"):
-            kind = SamTrainingConfig if words[1].endswith("sam") else VisionTrainingConfig
-            (config,) = TrlParser((kind,)).parse_args_and_config(words[2:])
+        elif entry.name in ("segmenter", "vision tower"):
+            module = next(word for word in words if word.startswith("perceptio.teachers"))
+            kind = SamTrainingConfig if module.endswith("sam") else VisionTrainingConfig
+            (config,) = TrlParser((kind,)).parse_args_and_config(words[words.index(module) + 1 :])
             assert Path(config.output_dir, "model", "evaluation.json") in reads(entry)
     tuned = yaml.safe_load((root / "recipes" / "perceptio-tiny.yaml").read_text())
     recipe = read_recipe(root / tuned["data"])
@@ -102,6 +103,11 @@ def test_a_step_is_the_recipes_on_any_number_of_cores(cores, request, monkeypatc
     processes, records, parts = (int(words[words.index(name) + 1]) for name in shares)
     tuned = yaml.safe_load((request.config.rootpath / "recipes" / "perceptio-tiny.yaml").read_text())
     assert processes * records * parts == tuned["per_device_train_batch_size"] and processes <= cores
+    for name in ("sam", "vision"):
+        words_of = [str(word) for word in train_tiny.teacher(name)]
+        many, each = (int(words_of[words_of.index(field) + 1]) for field in (shares[0], shares[2]))
+        recipe = yaml.safe_load((request.config.rootpath / words_of[words_of.index("--config") + 1]).read_text())
+        assert many * each == recipe["gradient_accumulation_steps"] and many <= cores
     _, config = parse([*words[words.index("train_sft.py") + 1 :], "--model", "m", "--data", "d", "--full", "true"])
     assert config.compiled and config.pad_to_multiple_of == 32
 

@@ -6,6 +6,7 @@ mostly learns a few.  For training from nothing; in rendered scenes it needs abo
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .models import is_sharded
 
@@ -38,13 +39,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What is trained, as matrices, other weights, and weights without decay (vectors)."""
+    """What is trained, as matrices, other weights, and weights without decay (vectors).  A parametrized weight is one
+    that is kept as a matrix."""
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     hidden = {
         id(module.weight)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in HEADS
     } - embedded
+    hidden |= {id(kept.original) for kept in model.modules() if isinstance(kept, ParametrizationList)}
     groups: list[dict] = [
         {"params": [], "muon": True, "weight_decay": weight_decay},
         {"params": [], "weight_decay": weight_decay},
