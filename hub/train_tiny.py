@@ -54,8 +54,8 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
     recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
     base, sam, vision = OUT / "base", OUT / "sam/model", OUT / "vision/model"
     teachers = [
-        stage("segmenter", sam / "evaluation.json", *teacher("sam")),
         stage("vision tower", vision / "evaluation.json", *teacher("vision")),
+        stage("segmenter", sam / "evaluation.json", *teacher("sam")),
     ]
     if frozen:
         teachers, sam, vision = [], Path("checkpoints/sam-tiny"), Path("checkpoints/vision-tiny")

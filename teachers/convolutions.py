@@ -24,9 +24,11 @@ def start_convolutions(model: nn.Module) -> None:
 
 
 def open_convolutions(model: nn.Module, norms: bool) -> None:
-    """Make them ready for a training: their filters are matrices, which Muon takes, and `norms` stand behind them."""
+    """Make those ready that are trained: their filters are matrices, for Muon, and `norms` stand behind them."""
     second = {id(part.second) for part in model.modules() if isinstance(part, ConvBlock)}
     for pair in convolutions(model):
+        if not pair[0].weight.requires_grad:
+            continue
         if pair[0].weight.shape[1] > 3:
             register_parametrization(pair[0], "weight", Filters(pair[0].weight.shape[1:]))
         if norms:

@@ -8,6 +8,7 @@ Its image encoder is then frozen in a Perceptio, as the published ones are.  Sce
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Sam2Config
 
 from ..losses_perceptio import mask_iou, seg_bce_loss, seg_dice_loss, seg_object_loss
-from ..modeling_convolutions import PerceptioMaskModel
+from ..modeling_convolutions import PerceptioMaskModel, PerceptioVisionModel
 from .cells import NAMES, cell_loss, cell_truth, split_cells
 from .convolutions import close_convolutions, open_convolutions, start_convolutions
 from .freeze import load_part
@@ -40,7 +41,12 @@ class SamTrainingConfig(SceneArguments):
     boxes: float = field(default=0.4, metadata={"help": "share of the prompts that are boxes"})
     width: int = field(default=48, metadata={"help": "of the encoder's first stage; it doubles from stage to stage"})
     blocks: list[int] = field(default_factory=lambda: [1, 2, 5, 2], metadata={"help": "of each stage"})
-    convolutions: bool = field(default=False, metadata={"help": "blocks of convolutions, not of Hiera"})
+    convolutions: list[int] = field(
+        default_factory=list, metadata={"help": "widths of four stages of convolutions; none: Hiera's blocks"}
+    )
+    encoder: str | None = field(
+        default=None, metadata={"help": "folder of a vision tower whose convolutions the first stages are, unchanged"}
+    )
     decoder_width: int = field(default=128, metadata={"help": "of the features and of the mask decoder"})
     label_names: list[str] | None = field(default_factory=lambda: ["masks"])
 
@@ -50,11 +56,17 @@ class SamTrainingConfig(SceneArguments):
             raise ValueError(f"`side` is {self.side}, expected a multiple of 64")
         if len(self.blocks) != 4 or min(self.blocks) < 1 or self.blocks[2] < 2:
             raise ValueError(f"`blocks` is {self.blocks}, expected four numbers from 1, the third at least 2")
+        if self.convolutions and (len(self.convolutions) != 4 or min(self.convolutions) < 1):
+            raise ValueError(f"`convolutions` is {self.convolutions}, expected four widths")
+        if self.encoder is not None and not self.convolutions:
+            raise ValueError(f"`encoder` is {self.encoder!r}, but without `convolutions` there are no stages to take")
 
 
-def sam_config(side: int, width: int, blocks: list[int], decoder_width: int, convolutions: bool = False) -> Sam2Config:
+def sam_config(
+    side: int, width: int, blocks: list[int], decoder_width: int, convolutions: Sequence[int] = ()
+) -> Sam2Config:
     grid = side // 4
-    widths = [width, 2 * width, 4 * width, 8 * width]
+    widths = list(convolutions) or [width, 2 * width, 4 * width, 8 * width]
     return Sam2Config(
         vision_config={
             "backbone_config": {
@@ -203,7 +215,7 @@ class PromptedSam(nn.Module):
 
 
 class SamTrainer(SceneTrainer):
-    facts = ("side", "prompts", "boxes", "width", "blocks", "convolutions", "decoder_width")
+    facts = ("side", "prompts", "boxes", "width", "blocks", "convolutions", "encoder", "decoder_width")
     draws, measured, part = Prompts, ScenePrompts, "sam"
 
     @staticmethod
@@ -221,12 +233,30 @@ class SamTrainer(SceneTrainer):
         return figures
 
 
+def take_stages(sam: PerceptioMaskModel, tower: PerceptioVisionModel) -> None:
+    """Give the segmenter the tower's stages of convolutions as its first ones, and leave them as they are."""
+    own, config = sam.vision_encoder.backbone.stages, tower.config
+    given = tower.embeddings.patch_embeddings.stages.state_dict() if getattr(config, "conv_widths", None) else {}
+    fits = {name: weight.shape for name, weight in own.state_dict().items()}
+    if not given or any(fits.get(name) != weight.shape for name, weight in given.items()):
+        backbone = sam.config.vision_config.backbone_config
+        raise ValueError(
+            f"`encoder` has stages of the widths {getattr(config, 'conv_widths', [])}, which do not begin "
+            f"`convolutions` {backbone.embed_dim_per_stage} with `blocks` {backbone.conv_depths}"
+        )
+    own.load_state_dict({**own.state_dict(), **given})
+    for name, weight in own.named_parameters():
+        weight.requires_grad_(name not in given)
+
+
 def train(args: SamTrainingConfig) -> int:
     torch.manual_seed(args.seed)
     model = PromptedSam(sam_config(args.side, args.width, args.blocks, args.decoder_width, args.convolutions))
     if args.start is not None:
         model.sam.load_state_dict(load_part(args.start).state_dict())
         model.tell_places_alike()
+    if args.encoder is not None and args.start is None:
+        take_stages(model.sam, load_part(args.encoder))
     open_convolutions(model.sam, norms=args.start is None)
     if args.process_index == 0:
         count, decoder = (sum(w.numel() for w in part.parameters()) for part in (model.sam, model.sam.mask_decoder))

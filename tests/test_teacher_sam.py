@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from perceptio.modeling_convolutions import ConvBackbone, PerceptioMaskModel
+from perceptio.modeling_convolutions import ConvBackbone, PerceptioMaskModel, PerceptioVisionModel
+from perceptio.teachers.convolutions import open_convolutions, start_convolutions
 from perceptio.teachers.sam import (
     BOTTOM_RIGHT,
     POINT,
@@ -16,7 +17,9 @@ from perceptio.teachers.sam import (
     draw_prompts,
     main,
     sam_config,
+    take_stages,
 )
+from perceptio.teachers.vision import vision_config
 from perceptio.world.instances import InstanceSet, scene_instances, write_instances
 from perceptio.world.scene import sample_scene
 from perceptio.world.views import thing_map
@@ -112,13 +115,34 @@ def test_a_picture_without_things_goes_through(args):
     assert not drawn["noun"].any() and drawn["depth"].shape == (16, 16)
 
 
+def test_it_begins_with_a_towers_stages_and_leaves_them():
+    torch.manual_seed(0)
+    tower = PerceptioVisionModel(vision_config(64, 16, 32, 1, 2, (8, 16, 24), (1, 1, 2)))
+    start_convolutions(tower)
+    model = PromptedSam(sam_config(64, 8, [1, 1, 2, 1], 32, [8, 16, 24, 40]))
+    take_stages(model.sam, tower)
+    open_convolutions(model.sam, norms=True)
+    backbone = model.sam.vision_encoder.backbone.eval()
+    picture = torch.randn(1, 3, 64, 64)
+    found = backbone(picture).intermediate_hidden_states
+    given = tower.embeddings.patch_embeddings.stages(picture)
+    assert len(found) == 4 and all(torch.equal(a.movedim(-1, 1), b) for a, b in zip(found, given, strict=False))
+    trained = {name for name, weight in backbone.named_parameters() if weight.requires_grad}
+    assert trained and all(name.startswith("stages.blocks.3.") for name in trained)
+    for others in ([8, 16, 32, 40], [8, 16, 24, 40]):
+        other = PromptedSam(sam_config(64, 8, [1, 1, 1, 1] if others[2] == 24 else [1, 1, 2, 1], 32, others))
+        with pytest.raises(ValueError, match="`encoder` has stages of the widths"):
+            take_stages(other.sam, tower)
+
+
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_a_short_training_learns_and_leaves_a_model(convolutions, tmp_path, capsys):
     arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 64, "width": 16, "decoder_width": 32,
                  "per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 3e-3, "logging_steps": 5,
                  "save_steps": 15, "report_to": "none", "disable_tqdm": True, "bf16": False, "prompts": 2,
-                 "train_sampling_strategy": "sequential", "convolutions": convolutions}  # fmt: skip
+                 "train_sampling_strategy": "sequential"}  # fmt: skip
     words = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    words += ["--convolutions", "16", "32", "48", "64"] if convolutions else []
     assert main([*words, "--blocks", "1", "1", "2", "1"]) == 0
     state = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())
     losses = [line["loss"] for line in state["log_history"] if "loss" in line]
@@ -130,5 +154,8 @@ def test_a_short_training_learns_and_leaves_a_model(convolutions, tmp_path, caps
     assert isinstance(kept.vision_encoder.backbone, ConvBackbone) == convolutions
     features = [tuple(level.shape) for level in kept.get_image_embeddings(torch.zeros(1, 3, 64, 64))]
     assert features == [(1, 4, 16, 16), (1, 8, 8, 8), (1, 32, 4, 4)]
-    assert main([*words, "--side", "100"]) == 2
-    assert "`side` is 100" in capsys.readouterr().err
+    wrong = [("side", "100", "100"), ("convolutions", "16", r"[16]")]
+    wrong += [] if convolutions else [("encoder", "some", "'some'")]
+    for field, value, told in wrong:
+        assert main([*words, f"--{field}", value]) == 2
+        assert f"`{field}` is {told}" in capsys.readouterr().err
