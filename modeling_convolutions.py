@@ -17,7 +17,7 @@ from .configuration_perceptio import first_pixels
 
 def convolution(given: int, width: int, side: int, stride: int = 1) -> nn.Sequential:
     """A convolution and what a training puts behind it."""
-    return nn.Sequential(nn.Conv2d(given, width, side, stride, side // 2 if side == 3 else 0), nn.Identity())
+    return nn.Sequential(nn.Conv2d(given, width, side, stride, 1 if side == 3 else 0), nn.Identity())
 
 
 class ConvBlock(nn.Module):

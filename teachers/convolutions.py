@@ -7,6 +7,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 
 from ..modeling_convolutions import ConvBlock, ConvPatches, ConvStages
 
+COLOURS = 3  # of a picture
 BESIDE = 0.3  # at the start: what a block of convolutions adds to what it got
 
 
@@ -29,7 +30,7 @@ def open_convolutions(model: nn.Module, norms: bool) -> None:
     for pair in convolutions(model):
         if not pair[0].weight.requires_grad:
             continue
-        if pair[0].weight.shape[1] > 3:
+        if pair[0].weight.shape[1] > COLOURS:  # what reads the picture itself is no hidden layer
             register_parametrization(pair[0], "weight", Filters(pair[0].weight.shape[1:]))
         if norms:
             pair[0].bias.requires_grad_(False)  # the norm has its own

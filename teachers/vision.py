@@ -272,8 +272,7 @@ def fitted(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Ten
     filters = {}
     if patch in weights:
         old, new = weights[patch].shape[-1], like[patch].shape[-1]
-        resized = F.interpolate(weights[patch], (new, new), mode="bilinear", antialias=True)
-        filters[patch] = resized * (old / new) ** 2
+        filters[patch] = F.interpolate(weights[patch], (new, new), mode="bilinear", antialias=True) * (old / new) ** 2
     first, rest = weights[place].split([1, weights[place].shape[1] - 1], 1)
     before, after = (int((positions.shape[1] - 1) ** 0.5) for positions in (weights[place], like[place]))
     rest = rest.unflatten(1, (before, before)).permute(0, 3, 1, 2)

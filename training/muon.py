@@ -39,15 +39,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What is trained, as matrices, other weights, and weights without decay (vectors).  A parametrized weight is one
-    that is kept as a matrix."""
+    """What is trained, as matrices, other weights, and weights without decay (vectors).  Of the parametrized
+    weights those are matrices that are kept as one."""
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     hidden = {
         id(module.weight)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in HEADS
     } - embedded
-    hidden |= {id(kept.original) for kept in model.modules() if isinstance(kept, ParametrizationList)}
+    kept = [part.original for part in model.modules() if isinstance(part, ParametrizationList) and part.is_tensor]
+    hidden |= {id(weight) for weight in kept if weight.ndim == 2}
     groups: list[dict] = [
         {"params": [], "muon": True, "weight_decay": weight_decay},
         {"params": [], "weight_decay": weight_decay},
