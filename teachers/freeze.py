@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..cli import refuse
 from ..data.manifest import write_json
@@ -72,7 +72,10 @@ def freeze(run: Path, folder: Path) -> Path:
 
 def load_part(folder) -> PreTrainedModel:
     """A segmenter or a vision tower in float32, whatever it is stored in."""
-    kind = AutoConfig.from_pretrained(folder).model_type
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, expected the folder of a segmenter or a vision tower")
+    kind = json.loads(path.read_text("utf-8")).get("model_type")
     if kind not in KINDS:
         raise ValueError(f"{folder} holds a model of the type {kind!r}, expected one of {', '.join(KINDS)}")
     return KINDS[kind].from_pretrained(folder, dtype=torch.float32)

@@ -63,6 +63,13 @@ def test_what_is_not_finished_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "part").exists()
 
 
+def test_a_folder_of_something_else_is_told_from_its_own_files(tmp_path, request):
+    with pytest.raises(FileNotFoundError, match="nowhere has no config.json"):
+        load_part(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds a model of the type 'perceptio_depth', expected one of sam2"):
+        load_part(request.config.rootpath / "checkpoints" / "depth-tiny")
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_the_trained_ones_are_whole_and_their_cards_true(name, request):
     folder = request.config.rootpath / "checkpoints" / name
