@@ -27,9 +27,9 @@ from .manifest import write_manifest
 from .weights import write_shards
 
 RECIPE = "recipe.yaml"
-TEACHERS = {  # the folder of each, and its recipe
-    "segmenter": ("sam", "recipes/teachers/sam-tiny.yaml"),
-    "vision tower": ("vision", "recipes/teachers/vision-tiny.yaml"),
+TEACHERS = {  # module and last recipe of each, and the folder of its run
+    "segmenter": ("sam", "sam-tiny", "sam"),
+    "vision tower": ("vision", "vision-tiny-large", "vision-large"),
 }
 LICENCE = "apache-2.0"
 MEASURED = "Measured before the weights were rounded to half precision."
@@ -122,10 +122,10 @@ def card_facts(name: str) -> dict:
     }
 
 
-def _teacher(run: Path, folder: str, recipe: str) -> dict:
-    trained, frozen = run / folder / "model", Path("checkpoints") / f"{folder}-tiny"  # of `train_tiny --frozen`
+def _teacher(run: Path, module: str, recipe: str, folder: str) -> dict:
+    trained, frozen = run / folder / "model", Path("checkpoints") / f"{module}-tiny"  # of `train_tiny --frozen`
     figures = json.loads(((trained if trained.is_dir() else frozen) / "evaluation.json").read_text("utf-8"))
-    return {"figures": figures, "command": f"python -m perceptio.teachers.{folder} --config {recipe}"}
+    return {"figures": figures, "command": f"python -m perceptio.teachers.{module} --config recipes/teachers/{recipe}.yaml"}
 
 
 def main(arguments: list[str] | None = None) -> int:

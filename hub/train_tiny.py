@@ -52,9 +52,10 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
         return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
 
     recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
-    base, sam, vision = OUT / "base", OUT / "sam/model", OUT / "vision/model"
+    base, sam, vision, first = (OUT / name for name in ("base", "sam/model", "vision-large/model", "vision/model"))
     teachers = [
-        stage("vision tower", vision / "evaluation.json", *teacher("vision")),
+        stage("vision tower", first / "evaluation.json", *teacher("vision")),
+        stage("vision tower, larger pictures", vision / "evaluation.json", *teacher("vision", "-large")),
         stage("segmenter", sam / "evaluation.json", *teacher("sam")),
     ]
     if frozen:
@@ -90,8 +91,9 @@ def fine_tuning() -> tuple:
             "--pad_to_multiple_of", 32, "--dataloader_num_workers", 0)  # fmt: skip
 
 
-def teacher(name: str) -> tuple:
-    module, recipe = ("-m", f"perceptio.teachers.{name}"), ("--config", Path("recipes/teachers") / f"{name}-tiny.yaml")
+def teacher(name: str, kind: str = "") -> tuple:
+    module = ("-m", f"perceptio.teachers.{name}")
+    recipe = ("--config", Path("recipes/teachers") / f"{name}-tiny{kind}.yaml")
     shared = shared_out(TEACHER_PARTS)
     if not shared:
         return (*module, *recipe)

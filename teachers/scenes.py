@@ -28,6 +28,9 @@ class SceneArguments(TrainingArguments):
 
     scenes: int = field(default=12_000, metadata={"help": "to train on"})
     eval_scenes: int = field(default=300, metadata={"help": "held out"})
+    scenes_folder: str | None = field(
+        default=None, metadata={"help": "where they are, or are written to; by default scenes/ in the output folder"}
+    )
     start: str | None = field(default=None, metadata={"help": "folder of such a model, trained before, to go on from"})
     muon: bool = field(default=True, metadata={"help": "Muon for the matrices of hidden layers, not AdamW"})
     compiled: bool = field(
@@ -122,7 +125,7 @@ def outputs_on(draws: SceneDraws, model: nn.Module, device, batch_size: int = 16
 
 def _scene_sets(args: SceneArguments, side: int) -> tuple[InstanceSet, InstanceSet, int]:
     """The scenes to train on, those held out, and how often the first must come for all steps."""
-    folder = Path(args.output_dir) / "scenes"
+    folder = Path(args.scenes_folder or Path(args.output_dir) / "scenes")
     scenes = write_instances(folder / "train", count=args.scenes, side=side, seed=args.seed)
     held_out = write_instances(
         folder / "validation", split="validation", count=args.eval_scenes, side=side, seed=args.seed

@@ -158,7 +158,8 @@ def show(image: Tensor, marked: dict[tuple[int, int], str], args: VisionTraining
     cell = args.patch // args.cells
     point = torch.zeros((args.side // cell,) * 2, dtype=torch.long)
     if marked:
-        drawn = draw_points(image.numpy(), list(marked), "".join(marked.values()), drawn_larger(rng))
+        larger = min(1.0, args.scene_side / args.side) * drawn_larger(rng)  # a small picture was marked before it grew
+        drawn = draw_points(image.numpy(), list(marked), "".join(marked.values()), larger)
         image = torch.from_numpy(drawn.copy())
     for (x, y), letter in marked.items():
         point[y // cell, x // cell] = 1 + LETTERS.index(letter)

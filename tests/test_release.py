@@ -24,7 +24,7 @@ from perceptio.hub.small import build_small
 from perceptio.teachers.sam import sam_config
 from perceptio.teachers.vision import vision_config
 
-TEACHERS = {"sam": {"scenes": 2000, "mean_iou_points": 0.71234}, "vision": {"scenes": 2000, "colour": 0.98765}}
+TEACHERS = {"sam": {"scenes": 2000, "mean_iou_points": 0.71234}, "vision-large": {"scenes": 2000, "colour": 0.98765}}
 LARGEST_SHARD = 15_000_000
 
 
@@ -34,9 +34,10 @@ def run(tmp_path_factory, request):
     place, root = tmp_path_factory.mktemp("tiny"), request.config.rootpath
     torch.manual_seed(0)
     Sam2Model(sam_config(96, 16, [1, 1, 2, 1], 32)).save_pretrained(place / "sam" / "model")
-    InternVLVisionModel(vision_config(56, 14, 32, 2, 2)).save_pretrained(place / "vision" / "model")
+    InternVLVisionModel(vision_config(56, 14, 32, 2, 2)).save_pretrained(place / "vision-large" / "model")
     depth = root / "checkpoints" / "depth-tiny"
-    build_small(place / "run" / "model", place / "sam" / "model", place / "vision" / "model", depth, scenes=4)
+    parts = [place / name / "model" for name in TEACHERS]
+    build_small(place / "run" / "model", *parts, depth, scenes=4)
     for name, figures in TEACHERS.items():
         (place / name / "model" / "evaluation.json").write_text(json.dumps(figures))
     log = [{"step": step, "loss": 1 / step, "code_accuracy": 0.1 * step, "mask_iou": 0.5} for step in (1, 2, 3)]
@@ -98,7 +99,8 @@ def test_the_figures_of_the_card_are_those_of_the_file(run, released):
     assert options.data == "held-out" and options.model == "checkpoints/perceptio-tiny"
     for folder, figures in TEACHERS.items():
         shown = ", ".join(f"{key.replace('_', ' ')} {round(value, 3)}" for key, value in figures.items())
-        assert f"{shown} (`python -m perceptio.teachers.{folder} " in numbers
+        module = folder.split("-")[0]
+        assert f"{shown} (`python -m perceptio.teachers.{module} " in numbers
     assert "3 steps;" in card and "rounded to half precision" in numbers
 
 

@@ -65,15 +65,19 @@ def test_every_stage_is_a_command_that_there_is(request, monkeypatch):
     """Each one's own parser takes its words, and what one stage leaves is what a later one reads."""
     root = request.config.rootpath
     monkeypatch.chdir(root)
+    left_before: set[str] = set()
     for entry in stages():
         words = list(entry.words[1:])
         if words[:2] == ["-m", "perceptio"]:
             build_parser().parse_args(words[2:])
-        elif entry.name in ("segmenter", "vision tower"):
+        elif entry.name in ("segmenter", "vision tower", "vision tower, larger pictures"):
             module = next(word for word in words if word.startswith("perceptio.teachers"))
             kind = SamTrainingConfig if module.endswith("sam") else VisionTrainingConfig
             (config,) = TrlParser((kind,)).parse_args_and_config(words[words.index(module) + 1 :])
             assert Path(config.output_dir, "model", "evaluation.json") in reads(entry)
+            before = [config.start and Path(config.start), config.scenes_folder and Path(config.scenes_folder).parent]
+            assert {str(path) for path in filter(None, before)} <= left_before
+            left_before |= {config.output_dir, str(Path(config.output_dir, "model"))}
     tuned = yaml.safe_load((root / "recipes" / "perceptio-tiny.yaml").read_text())
     recipe = read_recipe(root / tuned["data"])
     assert tuned["model"] == str(train_tiny.OUT / "base") and tuned["output_dir"] == str(train_tiny.OUT / "run")
@@ -86,11 +90,11 @@ def test_one_that_was_trained_before_is_gone_on_with(request, monkeypatch):
     whole, shorter = stages(), stages(start=Path("checkpoints/some"))
     tuned = next(entry for entry in shorter if entry.name == "fine-tuning")
     names = [entry.name for entry in shorter]
-    assert names == [entry.name for entry in whole][3:] and "base" not in names
+    assert names == [entry.name for entry in whole][4:] and "base" not in names
     run, _ = parse(list(tuned.words[tuned.words.index("train_sft.py") + 1 :]))
     assert run.model == "checkpoints/some" and run.resume
     assert [entry.words for entry in shorter if entry is not tuned] == [
-        entry.words for entry in whole[3:] if entry.name != "fine-tuning"
+        entry.words for entry in whole[4:] if entry.name != "fine-tuning"
     ]
 
 
@@ -103,8 +107,8 @@ def test_a_step_is_the_recipes_on_any_number_of_cores(cores, request, monkeypatc
     processes, records, parts = (int(words[words.index(name) + 1]) for name in shares)
     tuned = yaml.safe_load((request.config.rootpath / "recipes" / "perceptio-tiny.yaml").read_text())
     assert processes * records * parts == tuned["per_device_train_batch_size"] and processes <= cores
-    for name in ("sam", "vision"):
-        words_of = [str(word) for word in train_tiny.teacher(name)]
+    for which in (("sam",), ("vision",), ("vision", "-large")):
+        words_of = [str(word) for word in train_tiny.teacher(*which)]
         many, each = (int(words_of[words_of.index(field) + 1]) for field in (shares[0], shares[2]))
         recipe = yaml.safe_load((request.config.rootpath / words_of[words_of.index("--config") + 1]).read_text())
         assert many * each == recipe["gradient_accumulation_steps"] and many <= cores

@@ -67,11 +67,11 @@ def choose_points(rng, inverse: np.ndarray, depth: np.ndarray, count: int, lure:
 def draw_points(image: np.ndarray, points: list[tuple[int, int]], letters: str, larger: float = 1.0) -> np.ndarray:
     """A copy of uint8[H, W, 3] with each point marked by its letter.
 
-    larger: the marks are drawn in a picture so many times as large, which is then made smaller again, as happens to
-    pictures that were marked by others.
+    larger: the marks are drawn in a picture so many times as large, which is then brought to its size again, as
+    happens to pictures that were marked by others.
     """
     picture = Image.fromarray(image)
-    if larger > 1:
+    if larger != 1:
         size = (round(larger * picture.width), round(larger * picture.height))
         moved = [(round(larger * x), round(larger * y)) for x, y in points]
         drawn = draw_points(np.asarray(picture.resize(size, Image.Resampling.BICUBIC)), moved, letters)
