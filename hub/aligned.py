@@ -1,15 +1,19 @@
 """Where a small language model begins: with words, codes and pictures in one space, so that few records go a long way.
 
 The codes of the depth span begin as their vectors in the codebook, and each part of a picture as the words for what it
-shows: the projector is solved for, in closed form, on rendered scenes.  Attention begins by comparing like with like.
+shows: the projector is solved for, in closed form, on rendered scenes.  Attention begins by comparing like with like;
+where a picture has as many parts as a map has codes, some of it by looking from each code at its part of the picture.
+What the language model makes of a part of a picture begins as a prompt that clicks on it.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from ..modeling_perceptio import PerceptioForConditionalGeneration
+from ..processing_perceptio import PerceptioProcessor
 from ..teachers.cells import NAMES
 from ..teachers.vision import VisionTrainingConfig, draw_cells, sine_positions
 from ..world.instances import scene_instances
@@ -21,13 +25,18 @@ WORDS = {"noun": NOUNS, "colour": tuple(COLOURS), "pattern": PATTERNS}
 SHARE = {"noun": 1.0, "colour": 1.0, "pattern": 0.5}  # of a word in what a part of the picture begins as
 OF_LETTER, OF_CODE, OF_PLACE, OF_ITSELF = 1.5, 0.5, 0.25, 0.3  # the same; and of a code in what it begins as
 LIKE, NOISE = 0.7, 0.02
+SHARP, FASTEST = 5.0, 10  # how much is made of a distance, by so many of the fastest turns of a rotary embedding
 ABOVE = 3.0  # where GELU is almost the identity
+ALL_ABOVE = 5.0  # of the language model's last states, whose size is about 1: ReLU is the identity
 RIDGE = 0.01
 CELLS, AT_ONCE = 2, 8
+CLICKED = 10  # of the scenes that the projector is solved for on, one in so many is enough for the prompts
 
 
 @torch.no_grad()
-def start_aligned(model: PerceptioForConditionalGeneration, tokenizer, scenes: int, seed: int = 0) -> float:
+def start_aligned(
+    model: PerceptioForConditionalGeneration, processor: PerceptioProcessor, scenes: int, seed: int = 0
+) -> float:
     """Set where the language model and the projector begin; the share of the wanted variance that the projector
     explains.  scenes: to solve for the projector on."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,10 +49,19 @@ def start_aligned(model: PerceptioForConditionalGeneration, tokenizer, scenes: i
     vectors = vectors / vectors.norm(dim=1).mean()
     codes = slice(first, first + count)
     embeddings[codes] = vectors @ space[: vectors.shape[1]] + OF_ITSELF * embeddings[codes]
-    for layer in model.model.language_model.layers:
+    layers = model.model.language_model.layers
+    for layer in layers:
         _compare_alike(layer.self_attn, model.config.text_config, generator)
-    seen, wanted = _parts_of_pictures(model, tokenizer, space[vectors.shape[1] :], scenes, seed)
-    return _solve(model.model.multi_modal_projector, seen, wanted)
+    if model.config.image_seq_length == model.config.depth_config.grid_size**2:
+        back = _distance(processor)
+        views = space.split(layers[0].self_attn.head_dim)  # the first has what codes begin as
+        _look_back(layers[0].self_attn, model.config.text_config, views[0], back)
+        for layer, view in zip(layers[1:], views, strict=False):
+            _look_back(layer.self_attn, model.config.text_config, view, back + 1)
+    seen, wanted = _parts_of_pictures(model, processor.tokenizer, space[vectors.shape[1] :], scenes, seed)
+    share = _solve(model.model.multi_modal_projector, seen, wanted)
+    _click(model, processor, max(1, scenes // CLICKED), seed)
+    return share
 
 
 def _compare_alike(attention: nn.Module, config, generator: torch.Generator) -> None:
@@ -56,6 +74,29 @@ def _compare_alike(attention: nn.Module, config, generator: torch.Generator) -> 
         for linear, head in heads:
             noise = torch.randn(size, width, generator=generator)
             linear.weight[head * size : (head + 1) * size] = LIKE * view + NOISE * noise
+
+
+def _distance(processor: PerceptioProcessor) -> int:
+    """Tokens from where a code is told to the part of the picture that it is of; from the code itself it is one more."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    ids = processor(images=Image.new("RGB", (8, 8)), text=[text])["input_ids"][0]
+    return ids.index(processor.depth_start_token_id) - ids.index(processor.image_token_id)
+
+
+def _look_back(attention: nn.Module, config, view: Tensor, back: int) -> None:
+    """The last group of heads looks at the token so far back, whatever it is, and passes on what `view`,
+    float[head_dim, D], shows of it."""
+    size, shared = attention.head_dim, config.num_attention_heads // config.num_key_value_heads
+    turns = config.rope_parameters["rope_theta"] ** -(torch.arange(FASTEST) / (size // 2))
+    here, there = torch.zeros(2, 2, size // 2)  # halves that are turned together
+    there[0, :FASTEST] = SHARP
+    here[:, :FASTEST] = SHARP * torch.stack([(turns * back).cos(), -(turns * back).sin()])
+    for linear, heads, places in ((attention.q_proj, shared, here), (attention.k_proj, 1, there)):
+        linear.weight[-heads * size :] *= NOISE
+        linear.bias[-heads * size :] = places.flatten().repeat(heads)
+    attention.v_proj.weight[-size:] = view
+    attention.o_proj.weight[:, -shared * size :] = (view.T / config.hidden_size**0.5).repeat(1, shared)
 
 
 def _parts_of_pictures(model, tokenizer, free: Tensor, scenes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -117,11 +158,41 @@ def _shrink(maps: Tensor, side: int) -> Tensor:
     return F.interpolate(maps.permute(0, 3, 1, 2), (side, side), mode="area").permute(0, 2, 3, 1)
 
 
-def _solve(projector: nn.Module, seen: Tensor, wanted: Tensor) -> float:
-    """Set the projector to the best linear map, both of its layers together, by ridge regression."""
+def _click(model, processor: PerceptioProcessor, scenes: int, seed: int) -> None:
+    """Set the projector of prompts so that the state of a part of a picture is SAM2's prompt for a click on its middle.
+    """
+    side, states = model.config.mask_image_size, []
+    for index in range(scenes):
+        image = scene_instances(index, seed, side=model.config.vision_config.image_size[0])["image"]
+        question = f"Where is the {NOUNS[index % len(NOUNS)]}?"
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = processor(images=Image.fromarray(image), text=[text], return_tensors="pt")
+        ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+        found = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state
+        states.append(found[ids == model.config.image_token_id])
+    grid = int(model.config.image_seq_length**0.5)
+    rows, columns = torch.meshgrid(*2 * [(torch.arange(grid) + 0.5) * side / grid], indexing="ij")
+    places = torch.stack([columns, rows], -1).view(1, 1, -1, 2)
+    clicks, _ = model.mask_model.prompt_encoder(places, torch.ones(1, 1, grid**2, dtype=torch.int32), None, None)
+    found, _ = _ridge(torch.cat(states), clicks[0, 0, : grid**2].repeat(scenes, 1))
+    first, second = model.seg_projector.linear_1, model.seg_projector.linear_2
+    first.weight.copy_(torch.eye(len(first.weight)))
+    first.bias.fill_(ALL_ABOVE)
+    second.weight.copy_(found[:-1].T)
+    second.bias.copy_(found[-1] - ALL_ABOVE * found[:-1].sum(0))
+
+
+def _ridge(seen: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The best linear map, its constants last, and what it gives."""
     seen1 = torch.cat([seen, torch.ones(len(seen), 1)], 1)
     found = torch.linalg.solve(seen1.T @ seen1 + RIDGE * len(seen) * torch.eye(seen1.shape[1]), seen1.T @ wanted)
-    result = seen1 @ found
+    return found, seen1 @ found
+
+
+def _solve(projector: nn.Module, seen: Tensor, wanted: Tensor) -> float:
+    """Set the projector to the best linear map, both of its layers together, by ridge regression."""
+    found, result = _ridge(seen, wanted)
     scale = 1 / result.std()  # of what GELU sees, around ABOVE
     projector.linear_1.weight.copy_(scale * found[:-1].T)
     projector.linear_1.bias.copy_(scale * found[-1] + ABOVE)

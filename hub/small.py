@@ -1,6 +1,6 @@
 """perceptio-tiny before its training: a real InternVL, SAM2 and depth tokenizer, small enough for a laptop.
 
-    python -m perceptio.hub.small build/tiny/base --sam build/tiny/sam/model --vision build/tiny/vision/model
+    python -m perceptio.hub.small build/tiny/base --sam build/tiny/sam/model --vision build/tiny/vision-large/model
     python -m perceptio.hub.small build/again --sam checkpoints/perceptio-tiny --vision checkpoints/perceptio-tiny
 
 The second takes the parts of a trained Perceptio.  The language model is new in both.  The tokenizer is a byte-level
@@ -93,7 +93,7 @@ def build_small(
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.mask_model.load_state_dict(mask_model.state_dict())
     model.depth_model.load_state_dict(depth_model.state_dict())
-    start_aligned(model, tokenizer, solved, seed)
+    start_aligned(model, processor, solved, seed)
     model.generation_config = generation_defaults(config, tokenizer, answer_tokens=100)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -85,26 +85,77 @@ def test_a_picture_stands_behind_the_words_of_its_message(folder):
     assert len(distances) == 1
 
 
-def test_it_begins_with_pictures_in_the_words_for_what_they_show(request, tmp_path):
-    """On scenes that nothing was solved for on, with the trained tower."""
-    root = request.config.rootpath
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, request):
+    """On the trained teachers."""
+    folder, root = tmp_path_factory.mktemp("begun") / "base", request.config.rootpath
     parts = [root / "checkpoints" / name for name in ("sam-tiny", "vision-tiny", "depth-tiny")]
-    model = build_small(tmp_path / "base", *parts, scenes=30, solved=64)
-    processor = PerceptioProcessor.from_pretrained(tmp_path / "base")
+    return build_small(folder, *parts, scenes=30, solved=64), PerceptioProcessor.from_pretrained(folder)
+
+
+def test_it_begins_with_pictures_in_the_words_for_what_they_show(begun, tmp_path):
+    """On scenes that nothing was solved for on."""
+    model, processor = begun
     words = model.get_input_embeddings().weight.detach()
     colours = words[[processor.tokenizer.encode(f" {colour}")[0] for colour in COLOURS]]
-    args = VisionTrainingConfig(str(tmp_path), side=224, patch=16, cells=2)
+    side = model.config.vision_config.image_size[0]
+    args = VisionTrainingConfig(str(tmp_path), side=side, scene_side=side, patch=16, cells=2)
+    parts = side // 32
     right = asked = 0
     for index in range(12):
-        scene = {name: torch.from_numpy(array) for name, array in scene_instances(index, 9, "test", 224).items()}
+        scene = {name: torch.from_numpy(array) for name, array in scene_instances(index, 9, "test", side).items()}
         drawn = draw_cells(scene, args, np.random.default_rng(index), whole=True)
         with torch.no_grad():
-            seen = model.model.get_image_features(drawn["pixel_values"][None]).pooler_output[0].view(7, 7, -1)
-        truth = drawn["colour"].unfold(0, 4, 4).unfold(1, 4, 4).flatten(2)  # [7, 7, 16]
+            seen = model.model.get_image_features(drawn["pixel_values"][None]).pooler_output[0].view(parts, parts, -1)
+        truth = drawn["colour"].unfold(0, 4, 4).unfold(1, 4, 4).flatten(2)  # [parts, parts, 16]
         clear = (truth == truth[..., :1]).all(-1) & (truth[..., 0] > 0)
         right += ((seen[clear] @ colours.T).argmax(-1) + 1 == truth[..., 0][clear]).sum()
         asked += clear.sum()
     assert asked > 20 and right / asked > 0.5
+
+
+def asked(processor, picture, codes: list[int]) -> dict:
+    """A question about the picture, with the beginning of an answer that has these codes."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is the mug?"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(images=picture, text=[text], return_tensors="pt")
+    first = processor.depth_code_token_ids[0]
+    told = first + torch.tensor([codes], dtype=torch.long)
+    return {"input_ids": torch.cat([inputs["input_ids"], told], 1), "pixel_values": inputs["pixel_values"]}
+
+
+def test_it_begins_by_looking_from_each_code_at_its_part_of_the_picture(begun):
+    """From where a code is told in the first layer, from the code itself in those behind, whatever the code is."""
+    model, processor = begun
+    model.set_attn_implementation("eager")
+    count = model.config.span_length
+    inputs = asked(processor, Image.new("RGB", (320, 320), (90, 120, 60)), list(range(count)))
+    with torch.no_grad():
+        layers = model.model(**inputs, output_attentions=True).attentions
+    ids = inputs["input_ids"][0]
+    picture = (ids == model.config.image_token_id).nonzero()[:, 0]
+    assert len(picture) == count
+    for layer, ahead in ((0, 1), (1, 0), (4, 0)):
+        rows = torch.arange(count) + len(ids) - count - ahead
+        weights = layers[layer][0, -1, rows]
+        assert (weights.argmax(-1) == picture).all() and weights.gather(1, picture[:, None]).min() > 0.7
+
+
+def test_it_begins_with_parts_of_pictures_that_prompt_like_clicks(begun):
+    """A click on a part is the nearest to the prompt of that part, or of one beside it, on a new picture."""
+    model, processor = begun
+    scene = scene_instances(3, 9, "test", 320)["image"]
+    inputs = asked(processor, Image.fromarray(scene), [])
+    side, grid = model.config.mask_image_size, int(model.config.image_seq_length**0.5)
+    places = [((column + 0.5) * side / grid, (row + 0.5) * side / grid) for row in range(grid) for column in range(grid)]
+    with torch.no_grad():
+        states = model.model(**inputs).last_hidden_state[inputs["input_ids"] == model.config.image_token_id]
+        clicks = model.mask_model.get_prompt_embeddings(
+            input_points=torch.tensor(places)[None, None], input_labels=torch.ones(1, 1, grid**2, dtype=torch.int32)
+        )[0][0, 0, : grid**2]
+        nearest = torch.cdist(model.seg_projector(states), clicks).argmin(-1)
+    apart = (nearest - torch.arange(grid**2)).abs()
+    assert (apart <= grid + 1).float().mean() > 0.5
 
 
 def test_codes_that_look_alike_begin_alike(folder):
