@@ -10,6 +10,7 @@ from perceptio.modeling_convolutions import PerceptioVisionModel
 from perceptio.processing_perceptio import IMAGENET_MEAN, IMAGENET_STD
 from perceptio.teachers.cells import DEPTH_OFFSET
 from perceptio.teachers.convolutions import close_convolutions, convolutions, open_convolutions
+from perceptio.teachers.freeze import main as main_of_freeze
 from perceptio.teachers.scenes import cut_scene
 from perceptio.teachers.vision import (
     CLASSES,
@@ -229,6 +230,24 @@ def test_attention_begins_near_by():
     assert near > 1.08 * far and seen.diagonal().mean() > near
 
 
+def check_going_on(before, words, arguments):
+    """A training with larger pictures that begins with what the first left, on its scenes; the part tells of both."""
+    after = before / "after"
+    changed = {"output_dir": after, "side": 84, "start": before / "model", "scenes_folder": before / "scenes",
+               "max_steps": 5}  # fmt: skip
+    assert main([*words, *(str(part) for name, value in changed.items() for part in (f"--{name}", value))]) == 0
+    assert not (after / "scenes").exists()
+    assert main_of_freeze([str(after), str(before / "part"), "--first", str(before)]) == 0
+    log = [json.loads(line) for line in (before / "part" / "log.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [*range(5, 41, 5), 5]
+    assert f"{arguments['max_steps'] + 5} steps" in (before / "part" / "README.md").read_text("utf-8")
+    tower = PerceptioVisionModel.from_pretrained(before / "part", dtype=torch.float32)
+    assert tower(torch.zeros(1, 3, 84, 84)).last_hidden_state.shape == (1, 37, 32)
+    first, second = (PerceptioVisionModel.from_pretrained(folder).state_dict()["embeddings.patch_embeddings.last.0.weight"]
+                     for folder in (before / "model", after / "model"))  # fmt: skip
+    assert 0 < (first - second).norm() < 0.2 * first.norm()
+
+
 @pytest.mark.parametrize("stages", [(), ("--conv_widths", "16", "32", "--conv_depths", "1", "1")])
 def test_a_short_training_learns_and_leaves_a_tower(stages, tmp_path, capsys):
     arguments = {"output_dir": tmp_path, "scenes": 12, "eval_scenes": 4, "side": 56, "scene_side": 64, "width": 32,
@@ -245,6 +264,7 @@ def test_a_short_training_learns_and_leaves_a_tower(stages, tmp_path, capsys):
     tower = PerceptioVisionModel.from_pretrained(tmp_path / "model")
     assert tower(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 17, 32)
     if stages:
+        check_going_on(tmp_path, words, arguments)
         return
     for field, value in (("side", "100"), ("cells", "4")):
         assert main([*words, f"--{field}", value]) == 2

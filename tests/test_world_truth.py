@@ -14,6 +14,7 @@ from truth import GRID, Truth, verdict
 
 from perceptio.data.depths import decode_depth
 from perceptio.data.validate import check_records
+from perceptio.world.marks import draw_points
 from perceptio.world.questions import KINDS, Asker
 from perceptio.world.records import POINTS, SPLITS, WorldOptions, scene_records, world_dataset, world_records
 from perceptio.world.scene import PLACES, sample_scene
@@ -281,3 +282,19 @@ def test_wrong_options_are_named(field, wrong):
         WorldOptions(**{field: wrong})
     with pytest.raises(ValueError, match="`split` is 'all', expected one of train"):
         scene_records(0, split="all")
+
+
+@pytest.mark.parametrize("larger", [0.5, 2.0])
+def test_marks_are_those_of_a_picture_that_was_marked_in_another_size(larger):
+    """As if it had been brought to its size, and drawn on, elsewhere."""
+    image = scene_records(3, 77, "refer")[0]["image"]["bytes"]
+    picture = Image.open(BytesIO(image)).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+    side = int(224 * larger)
+    elsewhere = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+    places = [(60, 90), (150, 120)]
+    marked = draw_points(elsewhere, [(int(x * larger), int(y * larger)) for x, y in places], "BD")
+    back = np.asarray(Image.fromarray(marked).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+    found, plain = (draw_points(np.asarray(picture), places, "BD", size).astype(int) for size in (larger, 1.0))
+    for x, y in places:
+        about = slice(y - 20, y + 8), slice(x - 10, x + 10)
+        assert np.abs(found[about] - back[about]).mean() < 3 < np.abs(plain[about] - back[about]).mean()
