@@ -77,7 +77,7 @@ def _compare_alike(attention: nn.Module, config, generator: torch.Generator) -> 
 
 
 def _distance(processor: PerceptioProcessor) -> int:
-    """Tokens from where a code is told to the part of the picture that it is of; from the code itself it is one more."""
+    """Tokens from where a code is told to the part of the picture that it is of; it is one more from the code itself."""
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
     ids = processor(images=Image.new("RGB", (8, 8)), text=[text])["input_ids"][0]
@@ -159,8 +159,7 @@ def _shrink(maps: Tensor, side: int) -> Tensor:
 
 
 def _click(model, processor: PerceptioProcessor, scenes: int, seed: int) -> None:
-    """Set the projector of prompts so that the state of a part of a picture is SAM2's prompt for a click on its middle.
-    """
+    """Set the projector of prompts so that the state of a part of a picture is SAM2's prompt for a click there."""
     side, states = model.config.mask_image_size, []
     for index in range(scenes):
         image = scene_instances(index, seed, side=model.config.vision_config.image_size[0])["image"]

@@ -125,7 +125,8 @@ def card_facts(name: str) -> dict:
 def _teacher(run: Path, module: str, recipe: str, folder: str) -> dict:
     trained, frozen = run / folder / "model", Path("checkpoints") / f"{module}-tiny"  # of `train_tiny --frozen`
     figures = json.loads(((trained if trained.is_dir() else frozen) / "evaluation.json").read_text("utf-8"))
-    return {"figures": figures, "command": f"python -m perceptio.teachers.{module} --config recipes/teachers/{recipe}.yaml"}
+    command = f"python -m perceptio.teachers.{module} --config recipes/teachers/{recipe}.yaml"
+    return {"figures": figures, "command": command}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of perceptio.teachers.sam or .vision")
     parser.add_argument("folder", type=Path, help="folder to write")
-    parser.add_argument("--first", type=Path, metavar="DIR", help="output folder of the training that RUN went on from")
+    parser.add_argument(
+        "--first", type=Path, metavar="DIR", help="output folder of the training that RUN goes on from"
+    )
     options = parser.parse_args(arguments)
     try:
         freeze(options.run, options.folder, options.first)

@@ -147,7 +147,8 @@ def test_it_begins_with_parts_of_pictures_that_prompt_like_clicks(begun):
     scene = scene_instances(3, 9, "test", 320)["image"]
     inputs = asked(processor, Image.fromarray(scene), [])
     side, grid = model.config.mask_image_size, int(model.config.image_seq_length**0.5)
-    places = [((column + 0.5) * side / grid, (row + 0.5) * side / grid) for row in range(grid) for column in range(grid)]
+    middles = [(place + 0.5) * side / grid for place in range(grid)]
+    places = [(x, y) for y in middles for x in middles]
     with torch.no_grad():
         states = model.model(**inputs).last_hidden_state[inputs["input_ids"] == model.config.image_token_id]
         clicks = model.mask_model.get_prompt_embeddings(
