@@ -77,7 +77,7 @@ def _compare_alike(attention: nn.Module, config, generator: torch.Generator) -> 
 
 
 def _distance(processor: PerceptioProcessor) -> int:
-    """Tokens from where a code is told to the part of the picture that it is of; it is one more from the code itself."""
+    """Tokens from where a code is told to the part of the picture that it is of; from the code it is one more."""
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
     ids = processor(images=Image.new("RGB", (8, 8)), text=[text])["input_ids"][0]
