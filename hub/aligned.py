@@ -36,9 +36,8 @@ CLICKED = 10  # of the scenes that the projector is solved for on, one in so man
 @torch.no_grad()
 def start_aligned(
     model: PerceptioForConditionalGeneration, processor: PerceptioProcessor, scenes: int, seed: int = 0
-) -> float:
-    """Set where the language model and the projector begin; the share of the wanted variance that the projector
-    explains.  scenes: to solve for the projector on."""
+) -> None:
+    """Set where the language model and the projectors begin.  scenes: to solve for the projector on."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = model.get_input_embeddings().weight
     width = embeddings.shape[1]
@@ -59,9 +58,8 @@ def start_aligned(
         for layer, view in zip(layers[1:], views, strict=False):
             _look_back(layer.self_attn, model.config.text_config, view, back + 1)
     seen, wanted = _parts_of_pictures(model, processor.tokenizer, space[vectors.shape[1] :], scenes, seed)
-    share = _solve(model.model.multi_modal_projector, seen, wanted)
+    _solve(model.model.multi_modal_projector, seen, wanted)
     _click(model, processor, max(1, scenes // CLICKED), seed)
-    return share
 
 
 def _compare_alike(attention: nn.Module, config, generator: torch.Generator) -> None:
@@ -78,10 +76,15 @@ def _compare_alike(attention: nn.Module, config, generator: torch.Generator) -> 
 
 def _distance(processor: PerceptioProcessor) -> int:
     """Tokens from where a code is told to the part of the picture that it is of; from the code it is one more."""
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}
-    text = processor.apply_chat_template([message], add_generation_prompt=True)
-    ids = processor(images=Image.new("RGB", (8, 8)), text=[text])["input_ids"][0]
+    ids = _asked(processor, Image.new("RGB", (8, 8)), "Where?")["input_ids"][0].tolist()
     return ids.index(processor.depth_start_token_id) - ids.index(processor.image_token_id)
+
+
+def _asked(processor: PerceptioProcessor, picture: Image.Image, question: str):
+    """The prompt of a question about the picture."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    return processor(images=picture, text=[text], return_tensors="pt")
 
 
 def _look_back(attention: nn.Module, config, view: Tensor, back: int) -> None:
@@ -163,18 +166,16 @@ def _click(model, processor: PerceptioProcessor, scenes: int, seed: int) -> None
     side, states = model.config.mask_image_size, []
     for index in range(scenes):
         image = scene_instances(index, seed, side=model.config.vision_config.image_size[0])["image"]
-        question = f"Where is the {NOUNS[index % len(NOUNS)]}?"
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        text = processor.apply_chat_template([message], add_generation_prompt=True)
-        inputs = processor(images=Image.fromarray(image), text=[text], return_tensors="pt")
+        inputs = _asked(processor, Image.fromarray(image), f"Where is the {NOUNS[index % len(NOUNS)]}?")
         ids, pixels = inputs["input_ids"], inputs["pixel_values"]
         found = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state
         states.append(found[ids == model.config.image_token_id])
     grid = int(model.config.image_seq_length**0.5)
     rows, columns = torch.meshgrid(*2 * [(torch.arange(grid) + 0.5) * side / grid], indexing="ij")
     places = torch.stack([columns, rows], -1).view(1, 1, -1, 2)
-    clicks, _ = model.mask_model.prompt_encoder(places, torch.ones(1, 1, grid**2, dtype=torch.int32), None, None)
-    found, _ = _ridge(torch.cat(states), clicks[0, 0, : grid**2].repeat(scenes, 1))
+    labels = torch.ones(1, 1, grid**2, dtype=torch.int32)
+    clicks, _ = model.mask_model.get_prompt_embeddings(input_points=places, input_labels=labels)
+    found = _ridge(torch.cat(states), clicks[0, 0, : grid**2].repeat(scenes, 1))
     first, second = model.seg_projector.linear_1, model.seg_projector.linear_2
     first.weight.copy_(torch.eye(len(first.weight)))
     first.bias.fill_(ALL_ABOVE)
@@ -182,19 +183,18 @@ def _click(model, processor: PerceptioProcessor, scenes: int, seed: int) -> None
     second.bias.copy_(found[-1] - ALL_ABOVE * found[:-1].sum(0))
 
 
-def _ridge(seen: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The best linear map, its constants last, and what it gives."""
-    seen1 = torch.cat([seen, torch.ones(len(seen), 1)], 1)
-    found = torch.linalg.solve(seen1.T @ seen1 + RIDGE * len(seen) * torch.eye(seen1.shape[1]), seen1.T @ wanted)
-    return found, seen1 @ found
+def _ridge(seen: Tensor, wanted: Tensor) -> Tensor:
+    """The best linear map, its constants last."""
+    seen = torch.cat([seen, torch.ones(len(seen), 1)], 1)
+    return torch.linalg.solve(seen.T @ seen + RIDGE * len(seen) * torch.eye(seen.shape[1]), seen.T @ wanted)
 
 
-def _solve(projector: nn.Module, seen: Tensor, wanted: Tensor) -> float:
+def _solve(projector: nn.Module, seen: Tensor, wanted: Tensor) -> None:
     """Set the projector to the best linear map, both of its layers together, by ridge regression."""
-    found, result = _ridge(seen, wanted)
+    found = _ridge(seen, wanted)
+    result = seen @ found[:-1] + found[-1]
     scale = 1 / result.std()  # of what GELU sees, around ABOVE
     projector.linear_1.weight.copy_(scale * found[:-1].T)
     projector.linear_1.bias.copy_(scale * found[-1] + ABOVE)
     projector.linear_2.weight.copy_(torch.eye(len(found[0])) / scale)
     projector.linear_2.bias.fill_(-ABOVE / scale)
-    return 1 - ((result - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()).item()
