@@ -70,6 +70,8 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
         stage("codes", OUT / "scenes/manifest.json",
               "-m", "perceptio", "label", "--images", OUT / "rendered", "--out", OUT / "scenes", "--vqvae", depth,
               "--teacher", "none", "--workers", os.cpu_count() or 1),
+        stage("things", OUT / "things/manifest.json",
+              "-m", "perceptio.data.pick", OUT / "scenes", OUT / "things", "--without", "[-]points$"),
         stage("given spans", OUT / "given/manifest.json",
               "-m", "perceptio.data.sources.counterfactual", OUT / "scenes", OUT / "given", "--tokenizer", depth),
         *(scenes(OUT / "held-out", split, count) for split, count in HELD_OUT.items()),

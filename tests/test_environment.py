@@ -303,8 +303,8 @@ def test_what_needs_an_absent_package_names_its_extra(tiny_folder, tmp_path):
     serve = ["serve", "--model", model, "--port", "0"]
     tune = [ROOT / "train_sft.py", "--help"]
     modules = (
-        "data.job", "data.joint_run", "data.sources.counterfactual", "evaluation.choice.hardblink_build",
-        "vqvae.evaluate", "vqvae.export", "vqvae.maps", "vqvae.train",
+        "data.job", "data.joint_run", "data.pick", "data.sources.counterfactual",
+        "evaluation.choice.hardblink_build", "vqvae.evaluate", "vqvae.export", "vqvae.maps", "vqvae.train",
     )  # fmt: skip
     cases = []
     for package in ("datasets", "pycocotools"):
