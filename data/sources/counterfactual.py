@@ -31,7 +31,7 @@ DECODED = 64  # spans at a time
 
 
 def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "train") -> Iterator[dict]:
-    """The closest-point records of a folder of the world's shards, each with the map of the record before it.
+    """The closest-point records of a folder of the world's shards, each with the map of the one before it.
 
     tokenizer: folder of the depth tokenizer, or of a Perceptio, that makes the codes where a record has none of its.
     """
@@ -50,15 +50,17 @@ def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "tra
 
 
 def _with_codes(records, vqvae: DepthVQVAE, codebook: str) -> Iterator[tuple[dict, list[int]]]:
-    """Each record with marked points, and the codes of the record before it."""
-    codes = None
-    for record in records:
-        if codes is not None and marked_points(record):
-            yield record, codes
+    """Each record with marked points, and the codes of the one before it.  Other records are passed over: they may be
+    of the very same picture."""
+    before = None
+    for record in filter(marked_points, records):
         try:
             codes = _codes(record, vqvae, codebook)
         except DepthError:
             codes = None
+        if before is not None and before != codes:
+            yield record, before
+        before = codes
 
 
 def _codes(record: dict, vqvae: DepthVQVAE, codebook: str) -> list[int] | None:
