@@ -13,7 +13,7 @@ DEMO := build/demo
 .PHONY: help demo test check docs bench depth tiny ablations gpu clean
 
 help:
-	@echo "make demo    install, and ask a question about a picture (with an untrained model until one is trained)"
+	@echo "make demo    install, and ask perceptio-tiny a question about a picture"
 	@echo "make test    install, and run the tests (CPU, offline)"
 	@echo "make check   make test with the slow tests, after format and lint"
 	@echo "make docs    write the documentation to build/site"
@@ -40,9 +40,7 @@ $(DEVELOPED): $(INSTALLED)
 
 demo: $(INSTALLED)
 	@mkdir -p $(DEMO)
-	@echo "building a small model with random weights: it runs like a real one and knows nothing"
-	@test -f $(DEMO)/model/manifest.json || $(BIN)/python -m perceptio.hub.untrained $(DEMO)/model
-	$(BIN)/perceptio see assets/cups.jpg "Which cup is closer?" --model $(DEMO)/model --max-new-tokens 140 --out $(DEMO)/result.png
+	$(BIN)/perceptio see assets/cups.jpg "Where is the blue mug?" --out $(DEMO)/result.png
 
 test: $(DEVELOPED)
 	@echo "transformers' own common tests (fetched once)"

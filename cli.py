@@ -175,7 +175,7 @@ def open_pipeline(options):
     name = options.model or str(DEFAULT_MODEL)
     if options.model is None and not DEFAULT_MODEL.is_dir():
         raise FileNotFoundError(
-            "no trained model comes with this version: pass --model DIR, or try the untrained demo with `make demo`"
+            f"the model that comes with the package is not in {DEFAULT_MODEL}: install it again, or pass --model DIR"
         )
     device = choose_device(options.device)
     print(f"loading {name} …", file=sys.stderr, flush=True)

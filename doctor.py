@@ -71,4 +71,5 @@ def _offline() -> str:
 def _default_model() -> str:
     from perceptio import DEFAULT_MODEL
 
-    return str(DEFAULT_MODEL) if (Path(DEFAULT_MODEL) / "config.json").is_file() else "none (not trained yet)"
+    there = (Path(DEFAULT_MODEL) / "config.json").is_file()
+    return str(DEFAULT_MODEL) if there else f"missing from {DEFAULT_MODEL}: install perceptio again"

@@ -12,7 +12,7 @@ def add_parser(commands) -> None:
         help="a page in the browser: drop a picture, ask, and watch the answer being made",
         description="Serves a page on which one drops a picture, asks, and sees the tokens as they are written, the "
         "mask, the depth map and the answer. Stop it with Ctrl+C.",
-        epilog="Example: perceptio demo --model build/untrained --port 7860",
+        epilog="Example: perceptio demo --port 7860",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)

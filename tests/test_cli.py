@@ -46,7 +46,6 @@ WRONG = {
     "no such model": (["see", "{photo}", "What?", "--model", "nowhere/at/all"], "nowhere"),
     "an ending that is no picture": (["see", "{photo}", "What?", "--out", "result.xyz"], "result.xyz"),
     "a folder that is not there": (["see", "{photo}", "What?", "--out", "no/where/result.png"], "no/where"),
-    "no default yet": (["see", "{photo}", "What?"], "no trained model"),
     "too few tokens": (["see", "{photo}", "What?", "--model", "{model}", "--max-new-tokens", "3"], "max_new_tokens"),
     "a device that is not there": (["see", "{photo}", "What?", "--model", "{model}", "--device", "abacus"], "abacus"),
     "nothing to verify": (["doctor", "--verify", "no/where"], "no/where"),
@@ -62,6 +61,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(case, tiny_folder, photo, tmp_p
     code = main([argument.format(**values) for argument in arguments])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("perceptio:")]
     assert code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_a_package_without_its_model_says_so(photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("perceptio.DEFAULT_MODEL", tmp_path / "gone")
+    assert main(["see", str(photo), "What?"]) == 2
+    assert f"not in {tmp_path / 'gone'}: install it again" in capsys.readouterr().err
+    assert main(["doctor"]) == 0
+    assert f"missing from {tmp_path / 'gone'}" in capsys.readouterr().out
 
 
 def test_an_unknown_option_ends_with_2(capsys):

@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
+import perceptio
 from perceptio import PerceptioPipeline
 
 KEYS = {
@@ -167,9 +168,8 @@ def test_chat_pictures_are_loaded_by_our_rules_only(see):
         see(chat)
 
 
-def test_without_a_default_model_the_error_says_what_to_do(monkeypatch):
-    with pytest.raises((OSError, ValueError), match="perceptio-tiny"):
-        pipeline("perceptio", pipeline_class=PerceptioPipeline)
+def test_the_default_is_the_model_that_comes_with_the_package():
+    assert pipeline("perceptio").model.name_or_path == str(perceptio.DEFAULT_MODEL)
 
 
 def test_a_model_and_a_processor_of_different_folders_are_refused(see):

@@ -132,6 +132,44 @@ def test_the_figures_of_the_depth_tokenizer_come_from_their_files():
         assert f"| {name} | {' | '.join(columns)} |" in section
 
 
+TINY_FIGURES = {
+    "closest of 3 points": "points3: closest point",
+    "closest of 4 points": "points4: closest point",
+    "closest of 5 points": "points5: closest point",
+    "closest point, where it is not the lowest": "lure: closest point",
+    "masks of what is referred to, cIoU": "refer: cIoU",
+    "answers to the other questions": "test: answers",
+    "depth, δ1 after the best scale and shift": "test: delta1, aligned",
+    "absent things left without a mask": "absent: absent, and left without a mask",
+    "whole depth spans": "test: whole depth spans",
+}
+CODES_SHOWN = {"its own": "own", "random ones": "random", "one and the same": "constant",
+               "those of another picture": "other", "those of the true depth": "oracle"}  # fmt: skip
+
+
+def test_the_figures_of_perceptio_tiny_come_from_their_files():
+    """They may fall short of their bar; then the README says so by showing both."""
+    section = README.split("## perceptio-tiny")[1].split("\n## ")[0]
+    evaluation, ablations = (
+        json.loads((ROOT / name).read_text(encoding="utf-8"))
+        for name in ("checkpoints/perceptio-tiny/evaluation.json", "bench/results/ablations.json")
+    )
+    found = {figure["name"]: figure for figure in evaluation["figures"]}
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.*) \|$", section, flags=re.MULTILINE)]
+    shown = {row[0]: row[1:] for row in rows if len(row) > 1}
+    for label, name in TINY_FIGURES.items():
+        figure = found[name]
+        interval = f"{figure['low']:.1f} to {figure['high']:.1f}%"
+        assert shown[label][:2] == [f"{figure['value']:.1f}%", interval], label
+    weights = json.loads((ROOT / "checkpoints/perceptio-tiny/manifest.json").read_text("utf-8"))["files"]
+    measured = ablations["codes"]["weights"]
+    assert measured == {name: entry for name, entry in weights.items() if name.endswith(".safetensors")}
+    for label, codes in CODES_SHOWN.items():
+        splits = ablations["codes"]["with"][codes].values()
+        mean = sum(split["closest point"]["value"] for split in splits) / len(splits)
+        assert shown[label] == [f"{mean:.1f}%"], label
+
+
 def test_every_file_of_the_tree_is_there():
     tree = README.split("## The files")[1].split("The root of")[0]
     for name in re.findall(r"[\w/]+\.py|\b\w+/", tree):
