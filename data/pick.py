@@ -1,6 +1,8 @@
 """Those records of a folder of shards whose ids match, as a data set of their own: to be seen more often, or alone.
 
-python -m perceptio.data.pick build/scenes build/things --without "[-]points$"
+    python -m perceptio.data.pick build/scenes build/things --without "[-]points$"
+
+The records and their order stay as they are.
 """
 
 import argparse
@@ -17,10 +19,10 @@ from .shards import read_shards, write_shards
 from .tally import Tally
 
 
-def pick(records: Iterable[dict], *, tally: Tally, ids: str = "", without: str | None = None) -> Iterator[dict]:
-    """The records whose id has `ids` in it and `without` not: regular expressions."""
+def pick(root, *, tally: Tally, ids: str = "", without: str | None = None, split: str = "train") -> Iterator[dict]:
+    """The records of a folder of shards whose id has `ids` in it and `without` not: regular expressions."""
     wanted, unwanted = compiled("ids", ids), None if without is None else compiled("without", without)
-    for record in records:
+    for record in read_shards(root, split):
         if wanted.search(record["id"]) and not (unwanted and unwanted.search(record["id"])):
             tally.keep()
             yield record
@@ -44,13 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="default: %(default)s")
     options = parser.parse_args(arguments)
     tally = Tally("pick")
+    found = pick(options.folder, tally=tally, ids=options.ids, without=options.without, split=options.split)
+    return write_data_set(found, options.out, options.split, tally)
+
+
+def write_data_set(records: Iterable[dict], out: Path, split: str, tally: Tally) -> int:
+    """Write what a reader gives as shards with a card, and say what it kept and dropped; the exit code."""
     try:
-        found = pick(read_shards(options.folder, options.split), tally=tally, ids=options.ids, without=options.without)
-        write_shards(tqdm(found, unit=" records", disable=None), options.out, split=options.split, tally=tally)
-        write_card(options.out)
+        write_shards(tqdm(records, unit=" records", disable=None), out, split=split, tally=tally)
+        write_card(out)
     except (ValueError, OSError) as error:
         return refuse(error)
-    print(f"wrote {tally.kept} records to {options.out}\n{tally}")
+    print(f"wrote {tally.kept} records to {out}\n{tally}")
     return 0
 
 

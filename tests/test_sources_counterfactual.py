@@ -11,7 +11,7 @@ from perceptio.data.label import encode_codes, load_vqvae
 from perceptio.data.recipe import parse_recipe
 from perceptio.data.record import GIVEN, upright_size
 from perceptio.data.sequence import IGNORED, build_sequence
-from perceptio.data.shards import write_shards
+from perceptio.data.shards import read_shards, write_shards
 from perceptio.data.sources.counterfactual import CLEAR, give_span, main, marked_points, read_counterfactual
 from perceptio.data.tally import Tally
 from perceptio.hub.tiny_text import tiny_processor
@@ -59,8 +59,6 @@ def test_the_answer_is_the_nearest_point_of_the_given_map(found, vqvae):
 
 
 def test_the_first_question_keeps_its_mask_and_later_ones_have_none(found, shards):
-    from perceptio.data.shards import read_shards
-
     own = {record["id"]: record for record in read_shards(shards)}
     shorter = 0
     for record in found:
@@ -77,8 +75,6 @@ def test_the_first_question_keeps_its_mask_and_later_ones_have_none(found, shard
 
 
 def test_the_map_is_another_pictures(found, shards, vqvae):
-    from perceptio.data.shards import read_shards
-
     own = {row["id"]: encode_codes(decode_depth(row["depth"]["bytes"]), vqvae) for row in read_shards(shards)}
     order = list(own)
     for record in found:
@@ -89,8 +85,6 @@ def test_the_map_is_another_pictures(found, shards, vqvae):
 
 
 def test_it_is_often_not_the_pictures_own_answer(found, shards):
-    from perceptio.data.shards import read_shards
-
     own = {record["id"]: record["messages"][1]["content"] for record in read_shards(shards)}
     other = [record["messages"][1]["content"] != own[record["id"].removesuffix("-given")] for record in found]
     assert sum(other) >= len(other) / 4
@@ -116,7 +110,6 @@ def test_a_map_that_does_not_tell_is_left_out(found, vqvae):
 
 def test_labelled_scenes_are_not_encoded_again(shards, found, request, tmp_path, capsys, monkeypatch):
     from perceptio.data import label
-    from perceptio.data.shards import read_shards
 
     tokenizer = str(request.config.rootpath / "checkpoints" / "depth-tiny")
     vqvae = load_vqvae(tokenizer)

@@ -15,15 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ...cli import refuse
 from ...modeling_depth_vqvae import DepthVQVAE
-from ..card import write_card
 from ..depths import DepthError, decode_depth, nearness
 from ..label import encode_codes, load_vqvae
+from ..pick import write_data_set
 from ..record import GIVEN, upright_size
-from ..shards import read_shards, write_shards
+from ..shards import read_shards
 from ..tally import Tally
 
 CLEAR = 0.08  # of relative inverse depth between the nearest point and the next
@@ -116,14 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train")
     options = parser.parse_args(arguments)
     tally = Tally("counterfactual")
-    try:
-        found = read_counterfactual(options.scenes, tally=tally, tokenizer=options.tokenizer, split=options.split)
-        write_shards(tqdm(found, unit=" records", disable=None), options.out, split=options.split, tally=tally)
-        write_card(options.out)
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    print(f"wrote {tally.kept} records to {options.out}\n{tally}")
-    return 0
+    found = read_counterfactual(options.scenes, tally=tally, tokenizer=options.tokenizer, split=options.split)
+    return write_data_set(found, options.out, options.split, tally)
 
 
 if __name__ == "__main__":
