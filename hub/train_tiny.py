@@ -23,6 +23,8 @@ from ..data.manifest import read_manifest
 
 OUT = Path("build/tiny")
 SCENES, SEED = 16_000, 1  # none of those that the teachers have seen
+LOOKS, LOOKS_SEED = 5_000, 2  # scenes with questions about what things look like alone
+LOOKS_KINDS = "colour=4,pattern=2,exists=3,absent=2,refer=1,count=1,closer=1"
 HELD_OUT = {"test": 100, "points3": 150, "points4": 150, "points5": 150, "lure": 150, "refer": 150, "absent": 150}
 MORE_TO_DO = 75
 # glibc gives large blocks back to the system at once, and takes them again page by page in every step.
@@ -51,6 +53,12 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
         build = ("-m", "perceptio", "world", "build", folder, "--split", split, "--scenes", count, *words)
         return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
 
+    def labelled(folder: Path, rendered: Path) -> Stage:
+        """Those scenes with their depth codes."""
+        return stage(f"codes: {folder.name}", folder / "manifest.json",
+                     "-m", "perceptio", "label", "--images", rendered, "--out", folder, "--vqvae", depth,
+                     "--teacher", "none", "--workers", os.cpu_count() or 1)  # fmt: skip
+
     recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
     base, sam, vision, first = (OUT / name for name in ("base", "sam/model", "vision-large/model", "vision/model"))
     teachers = [
@@ -67,9 +75,10 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
         *before,
         scenes(OUT / "rendered", "train", SCENES, "--seed", SEED, "--turns", 4, "--points", 1,
                "--point-turns", 5),
-        stage("codes", OUT / "scenes/manifest.json",
-              "-m", "perceptio", "label", "--images", OUT / "rendered", "--out", OUT / "scenes", "--vqvae", depth,
-              "--teacher", "none", "--workers", os.cpu_count() or 1),
+        labelled(OUT / "scenes", OUT / "rendered"),
+        scenes(OUT / "rendered-looks", "train", LOOKS, "--seed", LOOKS_SEED, "--turns", 5, "--points", 0,
+               "--kinds", LOOKS_KINDS, "--repeated", "colour,pattern,exists,absent"),
+        labelled(OUT / "looks", OUT / "rendered-looks"),
         stage("things", OUT / "things/manifest.json",
               "-m", "perceptio.data.pick", OUT / "scenes", OUT / "things", "--without", "[-]points$"),
         stage("given spans", OUT / "given/manifest.json",

@@ -208,6 +208,19 @@ def many():
     return list(world_records(300, seed=21, options=WorldOptions(112, 112, turns=4, points=1.0), workers=2))
 
 
+def test_kinds_are_drawn_by_weight_and_only_the_repeated_ones_twice():
+    options = WorldOptions(112, 112, turns=5, points=0, kinds={"colour": 3, "exists": 1}, repeated=("colour",))
+    most = Counter()
+    for record in world_records(6, seed=5, options=options, workers=0):
+        questions = json.loads(record["extra"])["questions"]
+        kinds = Counter(question["kind"] for question in questions)
+        assert set(kinds) <= {"colour", "exists"}
+        texts = [message["content"] for message in record["messages"][::2]]
+        assert len(set(texts)) == len(texts) == len(questions)
+        most |= kinds
+    assert most["colour"] > 1 == most["exists"]
+
+
 def test_guessing_by_position_does_not_pay(many):
     """First-named or second, left or right, yes or no, each letter: within four standard errors of even."""
     counts = Counter()

@@ -38,18 +38,37 @@ def add_parser(commands) -> None:
     build.add_argument(
         "--point-turns", type=int, default=1, metavar="N", help="questions on one of those (default: %(default)s)"
     )
+    build.add_argument(
+        "--kinds", type=_weights, metavar="KIND=WEIGHT,…",
+        help="kinds of questions, each drawn by its weight (default: all)",
+    )  # fmt: skip
+    build.add_argument(
+        "--repeated", type=lambda text: tuple(text.split(",")), metavar="KIND,…",
+        help="kinds that one picture may have several questions of (default: refer)",
+    )  # fmt: skip
     build.set_defaults(run=run_build)
     sheet = actions.add_parser("sheet", help="draw scenes on one picture: mask, depth, question, answer")
     sheet.add_argument("out", metavar="FILE", help="picture to write, .png or .jpg")
     sheet.add_argument(
         "--columns", type=int, default=4, metavar="N", help="scenes side by side (default: %(default)s)"
     )
-    sheet.set_defaults(run=run_sheet, workers=None, turns=1, points=0.5, point_turns=1)
+    sheet.set_defaults(run=run_sheet, workers=None, turns=1, points=0.5, point_turns=1, kinds=None, repeated=None)
     for action in (build, sheet):
         action.add_argument("--scenes", type=int, default=24, metavar="N", help="how many (default: %(default)s)")
         action.add_argument("--split", choices=SPLITS, default="train", help="kind of scenes (default: %(default)s)")
         action.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         action.add_argument("--size", type=int, default=224, metavar="PIXELS", help="side (default: %(default)s)")
+
+
+def _weights(text: str) -> dict[str, float]:
+    """ "colour=3,refer" → {"colour": 3.0, "refer": 1.0}."""
+    from argparse import ArgumentTypeError
+
+    parts = [part.partition("=") for part in text.split(",")]
+    try:
+        return {kind: float(weight) if equals else 1.0 for kind, equals, weight in parts}
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not of the form colour=3,refer=1: {error}") from error
 
 
 def _records(options):
@@ -59,8 +78,9 @@ def _records(options):
         from .records import WorldOptions, world_records
     if options.scenes < 1 or options.seed < 0:
         raise ValueError(f"`--scenes` is {options.scenes} and `--seed` {options.seed}, expected at least 1 and 0")
+    asked = {name: getattr(options, name) for name in ("kinds", "repeated") if getattr(options, name) is not None}
     settings = WorldOptions(
-        options.size, options.size, options.turns, points=options.points, point_turns=options.point_turns
+        options.size, options.size, options.turns, points=options.points, point_turns=options.point_turns, **asked
     )
     found = world_records(options.scenes, options.seed, options.split, settings, workers=options.workers)
     return tqdm(found, desc=f"rendering {options.split}", unit=" records", disable=None)

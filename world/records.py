@@ -27,7 +27,8 @@ LONGEST_SEARCH = 60  # scenes that are tried for one question before giving up
 class WorldOptions:
     """width, height: pixels.  turns: questions on one picture.  points: share of the training scenes that also give a
     picture with marked points.  point_turns: questions on one of those, the first asks for the closest.  kinds: weight
-    of each kind of question.  second_depth: later answers repeat the depth span as well as the mask."""
+    of each kind of question.  repeated: kinds that one picture may have several questions of.  second_depth: later
+    answers repeat the depth span as well as the mask."""
 
     width: int = 224
     height: int = 224
@@ -35,6 +36,7 @@ class WorldOptions:
     points: float = 0.5
     point_turns: int = 1
     kinds: dict = field(default_factory=lambda: dict(KINDS))
+    repeated: tuple[str, ...] = ("refer",)
     second_depth: bool = False
 
     def __post_init__(self):
@@ -49,6 +51,8 @@ class WorldOptions:
         unknown = set(self.kinds) - set(KINDS)
         if unknown or not self.kinds or not all(w >= 0 for w in self.kinds.values()) or not sum(self.kinds.values()):
             raise ValueError(f"`kinds` is {self.kinds!r}, expected a weight for some of {', '.join(KINDS)}")
+        if set(self.repeated) - set(KINDS):
+            raise ValueError(f"`repeated` is {self.repeated!r}, expected some of {', '.join(KINDS)}")
 
 
 def scene_records(index: int, seed: int = 0, split: str = "train", options: WorldOptions | None = None) -> list[dict]:
@@ -80,14 +84,22 @@ def _several(asker: Asker, rng, options: WorldOptions) -> list[Question]:
     weights = np.array([options.kinds[kind] for kind in kinds])
     questions: list[Question] = []
     for kind in rng.choice(kinds, 4 * options.turns, p=weights / weights.sum()):
-        if kind != "refer" and any(kind == other.kind for other in questions):
+        if kind not in options.repeated and any(kind == other.kind for other in questions):
             continue
         question = asker.ask(str(kind))
-        if question is not None and all(question.text != other.text for other in questions):
+        if question is not None and not any(_same(question, other) for other in questions):
             questions.append(question)
         if len(questions) == options.turns:
             break
     return questions
+
+
+def _same(question: Question, other: Question) -> bool:
+    """Whether one gives the other's answer away; a thing may be referred to in several ways."""
+    thing = None if question.kind == "refer" else question.extra.get("thing")
+    return question.text == other.text or (
+        question.kind == other.kind and thing is not None and thing == other.extra.get("thing")
+    )
 
 
 def _single(rng, name: str, split: str, options: WorldOptions) -> dict:
