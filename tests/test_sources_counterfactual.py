@@ -12,7 +12,14 @@ from perceptio.data.recipe import parse_recipe
 from perceptio.data.record import GIVEN, upright_size
 from perceptio.data.sequence import IGNORED, build_sequence
 from perceptio.data.shards import read_shards, write_shards
-from perceptio.data.sources.counterfactual import CLEAR, give_span, main, marked_points, read_counterfactual
+from perceptio.data.sources.counterfactual import (
+    CLEAR,
+    choose_map,
+    give_span,
+    main,
+    marked_points,
+    read_counterfactual,
+)
 from perceptio.data.tally import Tally
 from perceptio.hub.tiny_text import tiny_processor
 from perceptio.world.records import WorldOptions, scene_records
@@ -88,6 +95,35 @@ def test_it_is_often_not_the_pictures_own_answer(found, shards):
     own = {record["id"]: record["messages"][1]["content"] for record in read_shards(shards)}
     other = [record["messages"][1]["content"] != own[record["id"].removesuffix("-given")] for record in found]
     assert sum(other) >= len(other) / 4
+
+
+def test_every_point_has_its_turn_to_be_the_nearest(found):
+    """From the lowest on, whatever the picture shows; a map that tells nothing is not taken, nor one too few."""
+    record = max(found, key=lambda record: len(marked_points(record)))
+    places, (width, height) = marked_points(record), upright_size(record["image"]["bytes"])
+    from_below = sorted(places, key=lambda letter: -places[letter][1])
+    maps = [([0], torch.zeros(80, 80))]
+    for letter in from_below:
+        x, y = places[letter]
+        bump = torch.zeros(80, 80)
+        bump[int(y * 80 / height), int(x * 80 / width)] = 1
+        maps.append(([1], bump))
+    for rank in range(2 * len(places)):
+        assert choose_map(record, maps, rank) == 1 + rank % len(places)
+    assert choose_map(record, maps[:2], 1) == 1 and choose_map(record, maps[:1], 0) is None
+
+
+def test_a_picture_may_come_with_several_maps(shards, found, request):
+    folder = str(request.config.rootpath / "checkpoints" / "depth-tiny")
+    twice = list(read_counterfactual(shards, tally=Tally(), tokenizer=folder, each=2))
+    first = [record for record in twice if record["id"].endswith("-given")]
+    second = {record["id"].removesuffix("-2"): record for record in twice if record["id"].endswith("-2")}
+    assert len(second) >= len(first) / 2 and len({record["id"] for record in twice}) == len(twice)
+    for record in first:
+        if record["id"] in second:
+            assert second[record["id"]]["depth_codes"] != record["depth_codes"]
+    with pytest.raises(ValueError, match="`each` is 0"):
+        next(read_counterfactual(shards, tally=Tally(), tokenizer=folder, each=0))
 
 
 def test_nothing_of_a_given_span_is_learned(found):

@@ -2,14 +2,16 @@
 
     python -m perceptio.data.sources.counterfactual build/scenes build/given --tokenizer checkpoints/depth-tiny
 
-A model that reads the answer off the picture is wrong on these, one that reads its own depth span is right.  Nothing
-of the span is learned from them.
+A model that reads the answer off the picture is wrong on these, one that reads its own depth span is right.  Maps are
+chosen so that neither the lowest point nor any other is the nearest more often than the rest: else a guess would do.
+Nothing of the span is learned from them.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -26,45 +28,61 @@ from ..tally import Tally
 
 CLEAR = 0.08  # of relative inverse depth between the nearest point and the next
 DECODED = 64  # spans at a time
+MAPS = 64  # of the records before, to choose from
 
 
-def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "train") -> Iterator[dict]:
-    """The closest-point records of a folder of the world's shards, each with the map of the one before it.
+def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "train", each: int = 1) -> Iterator[dict]:
+    """The closest-point records of a folder of the world's shards, each with the map of one before it.
 
     tokenizer: folder of the depth tokenizer, or of a Perceptio, that makes the codes where a record has none of its.
+    each: how often a record comes, every time with another map.
     """
+    if not isinstance(each, int) or each < 1:
+        raise ValueError(f"`each` is {each!r}, expected at least 1")
     vqvae = load_vqvae(tokenizer)
     codebook = vqvae.codebook_hash()
-    asked = _with_codes(read_shards(root, split), vqvae, codebook)
-    while pairs := list(islice(asked, DECODED)):
-        maps = vqvae.decode_ids(torch.tensor([codes for _, codes in pairs]))
-        for (record, codes), depth in zip(pairs, maps, strict=True):
-            changed = give_span(record, codes, depth, codebook)
-            if changed is None:
-                tally.drop("no point is plainly the nearest", record["id"])
-            else:
+    asked = filter(marked_points, read_shards(root, split))  # others may be of the very same picture
+    maps: deque[tuple[list[int], Tensor]] = deque(maxlen=MAPS)
+    rank = 0
+    while records := list(islice(asked, DECODED)):
+        own = [_codes(record, vqvae, codebook) for record in records]
+        decoded = iter(vqvae.decode_ids(torch.tensor([codes for codes in own if codes])) if any(own) else ())
+        for record, codes in zip(records, own, strict=True):
+            others = [(other, depth) for other, depth in maps if other != codes]
+            for time in range(each):
+                rank += 1
+                chosen = choose_map(record, others, rank)
+                if chosen is None:
+                    tally.drop("no point is plainly the nearest", record["id"])
+                    continue
+                changed = give_span(record, *others.pop(chosen), codebook)
                 tally.keep()
-                yield changed
+                yield changed if not time else {**changed, "id": f"{changed['id']}-{time + 1}"}
+            if codes:
+                maps.appendleft((codes, next(decoded)))
 
 
-def _with_codes(records, vqvae: DepthVQVAE, codebook: str) -> Iterator[tuple[dict, list[int]]]:
-    """Each record with marked points, and the codes of the one before it.  Other records are passed over: they may be
-    of the very same picture."""
-    before = None
-    for record in filter(marked_points, records):
-        try:
-            codes = _codes(record, vqvae, codebook)
-        except DepthError:
-            codes = None
-        if before is not None and before != codes:
-            yield record, before
-        before = codes
+def choose_map(record: dict, maps: Iterable[tuple[list[int], Tensor]], rank: int) -> int | None:
+    """Which of the maps (codes, depth) makes the point nearest whose turn it is, counted from the lowest in the
+    picture; of another point where none does, None where none tells."""
+    places = marked_points(record)
+    from_below = sorted(places, key=lambda letter: -places[letter][1])
+    first, size = json.loads(record["extra"])["questions"][0], upright_size(record["image"]["bytes"])
+    answers = [told(first, nearness_at(places, depth, size)) for _, depth in maps]
+    for turn in range(len(from_below)):
+        wanted = f"({from_below[(rank + turn) % len(from_below)]})"
+        if wanted in answers:
+            return answers.index(wanted)
+    return None
 
 
 def _codes(record: dict, vqvae: DepthVQVAE, codebook: str) -> list[int] | None:
     if record["depth_codes"] is not None and record["depth_codebook"] == codebook:
         return list(record["depth_codes"])
-    return None if record["depth"] is None else encode_codes(decode_depth(record["depth"]["bytes"]), vqvae)
+    try:
+        return None if record["depth"] is None else encode_codes(decode_depth(record["depth"]["bytes"]), vqvae)
+    except DepthError:
+        return None
 
 
 def marked_points(record: dict) -> dict[str, list[int]] | None:
@@ -76,11 +94,7 @@ def marked_points(record: dict) -> dict[str, list[int]] | None:
 def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str) -> dict | None:
     """The record with these codes, which decode to `depth`, in its span, and the answers that follow from them; None
     where they do not tell the first.  Later questions that they do not tell are left out."""
-    width, height = upright_size(record["image"]["bytes"])
-    near = {
-        letter: depth[int(y * depth.shape[0] / height), int(x * depth.shape[1] / width)].item()
-        for letter, (x, y) in marked_points(record).items()
-    }
+    near = nearness_at(marked_points(record), depth, upright_size(record["image"]["bytes"]))
     extra = json.loads(record["extra"])
     answers = [told(question, near) for question in extra["questions"]]
     if answers[0] is None:
@@ -95,6 +109,14 @@ def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str) -> d
     return {**record, "id": f"{record['id']}-given", "messages": messages, "masks": masks, "depth": None,
             "depth_codes": codes, "depth_codebook": codebook,
             "extra": json.dumps(extra, ensure_ascii=False, sort_keys=True)}  # fmt: skip
+
+
+def nearness_at(places: dict[str, list[int]], depth: Tensor, size: tuple[int, int]) -> dict[str, float]:
+    """What a map says at each point (x, y) of a picture of that width and height."""
+    (width, height), (rows, columns) = size, depth.shape
+    return {
+        letter: depth[int(y * rows / height), int(x * columns / width)].item() for letter, (x, y) in places.items()
+    }
 
 
 def told(question: dict, near: dict[str, float]) -> str | None:
@@ -112,9 +134,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write, as shards")
     parser.add_argument("--tokenizer", required=True, help="folder of the depth tokenizer")
     parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--each", type=int, default=1, metavar="N", help="maps for each picture (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     tally = Tally("counterfactual")
-    found = read_counterfactual(options.scenes, tally=tally, tokenizer=options.tokenizer, split=options.split)
+    found = read_counterfactual(
+        options.scenes, tally=tally, tokenizer=options.tokenizer, split=options.split, each=options.each
+    )
     return write_data_set(found, options.out, options.split, tally)
 
 
