@@ -107,7 +107,12 @@ def test_a_batch_is_what_each_question_gets_by_itself(see):
         for record in records
     ]
     together, alone = see(asked, batch_size=4), [see(one) for one in asked]
+    compared = 0
     for many, one in zip(together, alone, strict=True):
         assert many["generated_text"] == one["generated_text"] and many["depth_codes"] == one["depth_codes"]
-        masks = [np.asarray(found["masks"][0]["mask"]) > 0 for found in (many, one)]
-        assert (masks[0] == masks[1]).mean() > 0.999
+        masks = [found["masks"][0]["mask"] for found in (many, one)]
+        assert (masks[0] is None) == (masks[1] is None)
+        if masks[0] is not None:
+            assert (np.asarray(masks[0]) == np.asarray(masks[1])).mean() > 0.999
+            compared += 1
+    assert compared >= 2
