@@ -287,6 +287,8 @@ def test_depth_survives_in_the_record():
         ("point_turns", 0),
         ("kinds", {"riddle": 1}),
         ("kinds", {}),
+        ("kinds", {"absent": 1}),
+        ("repeated", ("riddle",)),
         ("width", "9"),
     ],
 )

@@ -51,6 +51,8 @@ class WorldOptions:
         unknown = set(self.kinds) - set(KINDS)
         if unknown or not self.kinds or not all(w >= 0 for w in self.kinds.values()) or not sum(self.kinds.values()):
             raise ValueError(f"`kinds` is {self.kinds!r}, expected a weight for some of {', '.join(KINDS)}")
+        if not any(weight for kind, weight in self.kinds.items() if kind != "absent"):
+            raise ValueError(f"`kinds` is {self.kinds!r}, expected one besides absent: a scene needs something to see")
         if set(self.repeated) - set(KINDS):
             raise ValueError(f"`repeated` is {self.repeated!r}, expected some of {', '.join(KINDS)}")
 

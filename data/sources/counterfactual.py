@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "tra
                 maps.appendleft((codes, next(decoded)))
 
 
-def choose_map(record: dict, maps: Iterable[tuple[list[int], Tensor]], rank: int) -> int | None:
+def choose_map(record: dict, maps: list[tuple[list[int], Tensor]], rank: int) -> int | None:
     """Which of the maps (codes, depth) makes the point nearest whose turn it is, counted from the lowest in the
     picture; of another point where none does, None where none tells."""
     places = marked_points(record)
