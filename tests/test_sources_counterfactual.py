@@ -15,6 +15,7 @@ from perceptio.data.shards import read_shards, write_shards
 from perceptio.data.sources.counterfactual import (
     CLEAR,
     choose_map,
+    first_answers,
     give_span,
     main,
     marked_points,
@@ -102,15 +103,16 @@ def test_every_point_has_its_turn_to_be_the_nearest(found):
     record = max(found, key=lambda record: len(marked_points(record)))
     places, (width, height) = marked_points(record), upright_size(record["image"]["bytes"])
     from_below = sorted(places, key=lambda letter: -places[letter][1])
-    maps = [([0], torch.zeros(80, 80))]
+    maps = [torch.zeros(80, 80)]
     for letter in from_below:
         x, y = places[letter]
         bump = torch.zeros(80, 80)
         bump[int(y * 80 / height), int(x * 80 / width)] = 1
-        maps.append(([1], bump))
+        maps.append(bump)
+    answers = first_answers(record, maps)
     for rank in range(2 * len(places)):
-        assert choose_map(record, maps, rank) == 1 + rank % len(places)
-    assert choose_map(record, maps[:2], 1) == 1 and choose_map(record, maps[:1], 0) is None
+        assert choose_map(record, answers, rank) == 1 + rank % len(places)
+    assert choose_map(record, answers[:2], 1) == 1 and choose_map(record, answers[:1], 0) is None
 
 
 def test_a_picture_may_come_with_several_maps(shards, found, request):

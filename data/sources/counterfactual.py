@@ -49,26 +49,33 @@ def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "tra
         decoded = iter(vqvae.decode_ids(torch.tensor([codes for codes in own if codes])) if any(own) else ())
         for record, codes in zip(records, own, strict=True):
             others = [(other, depth) for other, depth in maps if other != codes]
+            answers = first_answers(record, [depth for _, depth in others])
             for time in range(each):
                 rank += 1
-                chosen = choose_map(record, others, rank)
+                chosen = choose_map(record, answers, rank)
                 if chosen is None:
                     tally.drop("no point is plainly the nearest", record["id"])
                     continue
-                changed = give_span(record, *others.pop(chosen), codebook)
+                answers[chosen] = None  # the next time another map
+                changed = give_span(record, *others[chosen], codebook)
                 tally.keep()
                 yield changed if not time else {**changed, "id": f"{changed['id']}-{time + 1}"}
             if codes:
                 maps.appendleft((codes, next(decoded)))
 
 
-def choose_map(record: dict, maps: list[tuple[list[int], Tensor]], rank: int) -> int | None:
-    """Which of the maps (codes, depth) makes the point nearest whose turn it is, counted from the lowest in the
-    picture; of another point where none does, None where none tells."""
+def first_answers(record: dict, maps: list[Tensor]) -> list[str | None]:
+    """What each map answers to the question for the closest point; None where it does not tell."""
+    places, size = marked_points(record), upright_size(record["image"]["bytes"])
+    first = json.loads(record["extra"])["questions"][0]
+    return [told(first, nearness_at(places, depth, size)) for depth in maps]
+
+
+def choose_map(record: dict, answers: list[str | None], rank: int) -> int | None:
+    """Which answer names the point whose turn it is, counted from the lowest in the picture; another point where none
+    does, None where none tells."""
     places = marked_points(record)
     from_below = sorted(places, key=lambda letter: -places[letter][1])
-    first, size = json.loads(record["extra"])["questions"][0], upright_size(record["image"]["bytes"])
-    answers = [told(first, nearness_at(places, depth, size)) for _, depth in maps]
     for turn in range(len(from_below)):
         wanted = f"({from_below[(rank + turn) % len(from_below)]})"
         if wanted in answers:
