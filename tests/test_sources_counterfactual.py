@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from perceptio.data.sources.counterfactual import (
 )
 from perceptio.data.tally import Tally
 from perceptio.hub.tiny_text import tiny_processor
+from perceptio.world.marks import FARTHEST, ORDER
 from perceptio.world.records import WorldOptions, scene_records
 
 
@@ -59,11 +61,26 @@ def test_the_answer_is_the_nearest_point_of_the_given_map(found, vqvae):
         first, second, *_ = sorted(near.values(), reverse=True)
         assert record["messages"][1]["content"] == f"({max(near, key=near.get)})" and first - second >= CLEAR
         for question, answer in zip(record["messages"][2::2], record["messages"][3::2], strict=True):
-            letters = re.findall(r"point ([A-E])", question["content"])
-            one, *others = sorted(letters, key=near.get, reverse=True)
-            expected = f"({one})" if others else f"{min(9, int(10 * near[one]))}."
-            assert answer["content"] == expected
-            assert not others or near[one] - near[others[0]] >= CLEAR
+            text, content = question["content"], answer["content"]
+            named = sorted(re.findall(r"point ([A-E])", text), key=near.get, reverse=True)
+            ranked = sorted(near, key=near.get, reverse=True)
+            if text == ORDER:
+                assert content == ", ".join(f"({letter})" for letter in ranked) + "."
+                assert all(near[one] - near[next] >= CLEAR / 2 for one, next in pairwise(ranked))
+            elif text == FARTHEST:
+                assert content == f"({ranked[-1]})" and near[ranked[-2]] - near[ranked[-1]] >= CLEAR
+            elif len(named) == 1:
+                assert content == f"{min(9, int(10 * near[named[0]]))}."
+            else:
+                assert content == f"({named[0]})" and near[named[0]] - near[named[1]] >= CLEAR
+
+
+def test_most_are_asked_what_names_no_point_and_what_names_one(found):
+    """One answer that names none is not enough to learn from."""
+    kinds = [[question["kind"] for question in json.loads(record["extra"])["questions"]] for record in found]
+    for kind in ("farthest", "order", "near", "pair"):
+        assert sum(kind in asked for asked in kinds) >= len(kinds) / 3, kind
+    assert all(asked[0] == "points" and "points" not in asked[1:] for asked in kinds)
 
 
 def test_the_first_question_keeps_its_mask_and_later_ones_have_none(found, shards):
@@ -73,12 +90,12 @@ def test_the_first_question_keeps_its_mask_and_later_ones_have_none(found, shard
         given = own[record["id"].removesuffix("-given")]
         asked = [message["content"] for message in given["messages"][::2]]
         kept = [message["content"] for message in record["messages"][::2]]
-        assert kept[0] == asked[0] and set(kept) <= set(asked)
+        assert kept[0] == asked[0] and set(kept) <= {*asked, FARTHEST, ORDER}
         assert record["masks"] == given["masks"] and [mask["turn"] for mask in record["masks"]] == [1]
         modes = [message["perception"] for message in record["messages"][1::2]]
         assert modes == ["seg+depth"] + ["none"] * (len(modes) - 1)
         assert len(json.loads(record["extra"])["questions"]) == len(kept)
-        shorter += len(kept) < len(asked)
+        shorter += len(set(kept) & set(asked)) < len(asked)
     assert shorter
 
 

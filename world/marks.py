@@ -10,6 +10,8 @@ QUESTION = (
 )
 NEAR = "How near is point {}, from 0 (far) to 9 (near)?"
 PAIR = "Which is closer to the camera, point {} or point {}?"
+FARTHEST = "Which point is the farthest from the camera?"
+ORDER = "Name the points from the closest to the farthest."
 SIDE = 336  # the picture that the sizes below are of
 RADIUS, LINE, LABEL_ABOVE, LETTER = 4, 2, 17, 12
 GAP = 20 / 255  # between any two points, in relative inverse depth

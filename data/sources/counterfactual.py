@@ -4,7 +4,8 @@
 
 A model that reads the answer off the picture is wrong on these, one that reads its own depth span is right.  Maps are
 chosen so that neither the lowest point nor any other is the nearest more often than the rest: else a guess would do.
-Nothing of the span is learned from them.
+Which is the farthest and how all of them follow is asked as well: like the first question these name no point, and
+one answer to a span teaches little.  Nothing of the span itself is learned.
 """
 
 import argparse
@@ -12,23 +13,25 @@ import json
 import sys
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...modeling_depth_vqvae import DepthVQVAE
+from ...world.marks import FARTHEST, ORDER
 from ..depths import DepthError, decode_depth, nearness
 from ..label import encode_codes, load_vqvae
 from ..pick import write_data_set
-from ..record import GIVEN, upright_size
+from ..record import GIVEN, assistant, upright_size, user
 from ..shards import read_shards
 from ..tally import Tally
 
-CLEAR = 0.08  # of relative inverse depth between the nearest point and the next
+CLEAR = 0.08  # of relative inverse depth between the point that is asked for and the next; half of it in an order
 DECODED = 64  # spans at a time
 MAPS = 64  # of the records before, to choose from
+UNNAMED = {"farthest": FARTHEST, "order": ORDER}  # kind → question about all points, asked after the first
 
 
 def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "train", each: int = 1) -> Iterator[dict]:
@@ -103,16 +106,18 @@ def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str) -> d
     where they do not tell the first.  Later questions that they do not tell are left out."""
     near = nearness_at(marked_points(record), depth, upright_size(record["image"]["bytes"]))
     extra = json.loads(record["extra"])
-    answers = [told(question, near) for question in extra["questions"]]
-    if answers[0] is None:
+    texts = [message["content"] for message in record["messages"][::2]]
+    first, *later = zip(extra["questions"], texts, strict=True)
+    unnamed = [({"kind": kind}, text) for kind, text in UNNAMED.items()]
+    asked = [(question, text, told(question, near)) for question, text in [first, *unnamed, *later]]
+    if asked[0][2] is None:
         return None
-    kept = [place for place, answer in enumerate(answers) if answer is not None]
-    messages, masks = [], []
-    for turn, place in enumerate(kept):
-        question, reply = record["messages"][2 * place : 2 * place + 2]
-        messages += [question, {**reply, "content": answers[place]}]
-        masks += [{**mask, "turn": 2 * turn + 1} for mask in record["masks"] if mask["turn"] == 2 * place + 1]
-    extra |= {GIVEN: True, "questions": [extra["questions"][place] for place in kept]}
+    kept = [turn for turn in asked if turn[2] is not None]
+    messages = []
+    for number, (_, text, answer) in enumerate(kept):
+        messages += [user(text), assistant(answer, "none" if number else "seg+depth")]
+    extra |= {GIVEN: True, "questions": [question for question, _, _ in kept]}
+    masks = [mask for mask in record["masks"] if mask["turn"] == 1]
     return {**record, "id": f"{record['id']}-given", "messages": messages, "masks": masks, "depth": None,
             "depth_codes": codes, "depth_codebook": codebook,
             "extra": json.dumps(extra, ensure_ascii=False, sort_keys=True)}  # fmt: skip
@@ -127,12 +132,16 @@ def nearness_at(places: dict[str, list[int]], depth: Tensor, size: tuple[int, in
 
 
 def told(question: dict, near: dict[str, float]) -> str | None:
-    """What points this near answer; None where two are almost alike."""
+    """What points this near answer; None where two that it depends on are almost alike."""
     letters = question.get("letters") or list(near)
-    if len(letters) == 1:
+    if question["kind"] == "near":
         return f"{nearness(near[letters[0]])}."
-    first, second, *_ = sorted((near[letter] for letter in letters), reverse=True)
-    return f"({max(letters, key=near.get)})" if first - second >= CLEAR else None
+    ranked = sorted(letters, key=near.get, reverse=True)
+    steps = [near[one] - near[other] for one, other in pairwise(ranked)]
+    if question["kind"] == "order":
+        return ", ".join(f"({letter})" for letter in ranked) + "." if min(steps) >= CLEAR / 2 else None
+    chosen = -1 if question["kind"] == "farthest" else 0
+    return f"({ranked[chosen]})" if steps[chosen] >= CLEAR else None
 
 
 def main(arguments: list[str] | None = None) -> int:
