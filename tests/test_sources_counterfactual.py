@@ -9,6 +9,7 @@ import torch
 
 from perceptio.data.depths import decode_depth
 from perceptio.data.label import encode_codes, load_vqvae
+from perceptio.data.masks import decode_mask
 from perceptio.data.recipe import parse_recipe
 from perceptio.data.record import GIVEN, upright_size
 from perceptio.data.sequence import IGNORED, build_sequence
@@ -24,7 +25,7 @@ from perceptio.data.sources.counterfactual import (
 )
 from perceptio.data.tally import Tally
 from perceptio.hub.tiny_text import tiny_processor
-from perceptio.world.marks import FARTHEST, ORDER
+from perceptio.world.marks import FARTHEST, NEAR, ORDER, QUESTION
 from perceptio.world.records import WorldOptions, scene_records
 
 
@@ -50,25 +51,31 @@ def found(shards, request):
     return records
 
 
-def test_the_answer_is_the_nearest_point_of_the_given_map(found, vqvae):
-    for record in found:
+@pytest.fixture(scope="module")
+def twice(shards, request):
+    folder = str(request.config.rootpath / "checkpoints" / "depth-tiny")
+    return list(read_counterfactual(shards, tally=Tally(), tokenizer=folder, each=2))
+
+
+def test_the_answers_are_those_of_the_given_map(found, twice, vqvae):
+    for record in [*found, *twice]:
         depth = vqvae.decode_ids(torch.tensor([record["depth_codes"]]))[0]
         width, height = upright_size(record["image"]["bytes"])
         near = {
             letter: depth[int(y * len(depth) / height), int(x * len(depth) / width)].item()
             for letter, (x, y) in marked_points(record).items()
         }
-        first, second, *_ = sorted(near.values(), reverse=True)
-        assert record["messages"][1]["content"] == f"({max(near, key=near.get)})" and first - second >= CLEAR
-        for question, answer in zip(record["messages"][2::2], record["messages"][3::2], strict=True):
+        ranked = sorted(near, key=near.get, reverse=True)
+        steps = [near[one] - near[next] for one, next in pairwise(ranked)]
+        for question, answer in zip(record["messages"][::2], record["messages"][1::2], strict=True):
             text, content = question["content"], answer["content"]
             named = sorted(re.findall(r"point ([A-E])", text), key=near.get, reverse=True)
-            ranked = sorted(near, key=near.get, reverse=True)
-            if text == ORDER:
-                assert content == ", ".join(f"({letter})" for letter in ranked) + "."
-                assert all(near[one] - near[next] >= CLEAR / 2 for one, next in pairwise(ranked))
+            if text == QUESTION:
+                assert content == f"({ranked[0]})" and steps[0] >= CLEAR
+            elif text == ORDER:
+                assert content == ", ".join(f"({letter})" for letter in ranked) + "." and min(steps) >= CLEAR / 2
             elif text == FARTHEST:
-                assert content == f"({ranked[-1]})" and near[ranked[-2]] - near[ranked[-1]] >= CLEAR
+                assert content == f"({ranked[-1]})" and steps[-1] >= CLEAR
             elif len(named) == 1:
                 assert content == f"{min(9, int(10 * near[named[0]]))}."
             else:
@@ -109,6 +116,25 @@ def test_the_map_is_another_pictures(found, shards, vqvae):
         assert max(map(order.index, of)) < order.index(f"{scene}-points")
 
 
+def test_with_the_second_map_each_point_is_asked_for_before_any_answer_tells_of_it(twice):
+    """The mask is that of the point which is asked for first; which comes first is not always the same letter."""
+    second = [record for record in twice if record["id"].endswith("-2")]
+    for record in second:
+        places, (width, height) = marked_points(record), upright_size(record["image"]["bytes"])
+        texts = [message["content"] for message in record["messages"][::2]]
+        singly = texts[: len(places)]
+        assert sorted(singly) == [NEAR.format(letter) for letter in sorted(places)] and texts[len(places)] == QUESTION
+        assert not set(singly) & set(texts[len(places) :])
+        [mask] = record["masks"]
+        (asked,) = re.findall("point ([A-E])", texts[0])
+        x, y = places[asked]
+        rows, columns = decode_mask(mask).nonzero()
+        assert mask["size"] == [height, width] and mask["turn"] == 1
+        assert abs(rows.mean() - y) < 1 and abs(columns.mean() - x) < 1 and 0 < len(rows) < 60
+    assert len({record["messages"][0]["content"] for record in second}) >= 2
+    assert all(record["messages"][0]["content"] == QUESTION for record in twice if record not in second)
+
+
 def test_it_is_often_not_the_pictures_own_answer(found, shards):
     own = {record["id"]: record["messages"][1]["content"] for record in read_shards(shards)}
     other = [record["messages"][1]["content"] != own[record["id"].removesuffix("-given")] for record in found]
@@ -132,9 +158,8 @@ def test_every_point_has_its_turn_to_be_the_nearest(found):
     assert choose_map(record, answers[:2], 1) == 1 and choose_map(record, answers[:1], 0) is None
 
 
-def test_a_picture_may_come_with_several_maps(shards, found, request):
+def test_a_picture_may_come_with_several_maps(shards, twice, request):
     folder = str(request.config.rootpath / "checkpoints" / "depth-tiny")
-    twice = list(read_counterfactual(shards, tally=Tally(), tokenizer=folder, each=2))
     first = [record for record in twice if record["id"].endswith("-given")]
     second = {record["id"].removesuffix("-2"): record for record in twice if record["id"].endswith("-2")}
     assert len(second) >= len(first) / 2 and len({record["id"] for record in twice}) == len(twice)

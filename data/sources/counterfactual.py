@@ -5,7 +5,8 @@
 A model that reads the answer off the picture is wrong on these, one that reads its own depth span is right.  Maps are
 chosen so that neither the lowest point nor any other is the nearest more often than the rest: else a guess would do.
 Which is the farthest and how all of them follow is asked as well: like the first question these name no point, and
-one answer to a span teaches little.  Nothing of the span itself is learned.
+one answer to a span teaches little.  With every second map of a picture it is asked first how near each point is,
+before any answer tells of it.  Nothing of the span itself is learned.
 """
 
 import argparse
@@ -15,16 +16,18 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
 
 from ...modeling_depth_vqvae import DepthVQVAE
-from ...world.marks import FARTHEST, ORDER
+from ...world.marks import FARTHEST, NEAR, ORDER, discs
 from ..depths import DepthError, decode_depth, nearness
 from ..label import encode_codes, load_vqvae
+from ..masks import encode_mask
 from ..pick import write_data_set
-from ..record import GIVEN, assistant, upright_size, user
+from ..record import GIVEN, OPENING, assistant, upright_size, user
 from ..shards import read_shards
 from ..tally import Tally
 
@@ -60,7 +63,7 @@ def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "tra
                     tally.drop("no point is plainly the nearest", record["id"])
                     continue
                 answers[chosen] = None  # the next time another map
-                changed = give_span(record, *others[chosen], codebook)
+                changed = give_span(record, *others[chosen], codebook, one_by_one=time % 2 == 1)
                 tally.keep()
                 yield changed if not time else {**changed, "id": f"{changed['id']}-{time + 1}"}
             if codes:
@@ -101,23 +104,34 @@ def marked_points(record: dict) -> dict[str, list[int]] | None:
     return next((question["points"] for question in asked if question.get("kind") == "points"), None)
 
 
-def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str) -> dict | None:
+def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str, one_by_one: bool = False) -> dict | None:
     """The record with these codes, which decode to `depth`, in its span, and the answers that follow from them; None
-    where they do not tell the first.  Later questions that they do not tell are left out."""
-    near = nearness_at(marked_points(record), depth, upright_size(record["image"]["bytes"]))
+    where they do not tell which point is the closest.  Other questions that they do not tell are left out.
+
+    one_by_one: how near each point is comes first, when no answer before tells of it.
+    """
+    places, size = marked_points(record), upright_size(record["image"]["bytes"])
+    near = nearness_at(places, depth, size)
     extra = json.loads(record["extra"])
     texts = [message["content"] for message in record["messages"][::2]]
     first, *later = zip(extra["questions"], texts, strict=True)
-    unnamed = [({"kind": kind}, text) for kind, text in UNNAMED.items()]
-    asked = [(question, text, told(question, near)) for question, text in [first, *unnamed, *later]]
-    if asked[0][2] is None:
+    if told(first[0], near) is None:
         return None
-    kept = [turn for turn in asked if turn[2] is not None]
+    asked = [first, *(({"kind": kind}, text) for kind, text in UNNAMED.items())]
+    masks = [mask for mask in record["masks"] if mask["turn"] == 1]
+    if one_by_one:
+        letters = Random(record["id"]).sample(sorted(places), len(places))
+        singly = [({"kind": "near", "letters": [letter]}, NEAR.format(letter)) for letter in letters]
+        asked = [*singly, *asked, *(turn for turn in later if turn not in singly)]
+        masks = [{"turn": 1, "offset": OPENING, **encode_mask(discs([places[letters[0]]], size[::-1]))}]
+    else:
+        asked += later
+    answered = [(question, text, told(question, near)) for question, text in asked]
+    kept = [turn for turn in answered if turn[2] is not None]
     messages = []
     for number, (_, text, answer) in enumerate(kept):
         messages += [user(text), assistant(answer, "none" if number else "seg+depth")]
     extra |= {GIVEN: True, "questions": [question for question, _, _ in kept]}
-    masks = [mask for mask in record["masks"] if mask["turn"] == 1]
     return {**record, "id": f"{record['id']}-given", "messages": messages, "masks": masks, "depth": None,
             "depth_codes": codes, "depth_codebook": codebook,
             "extra": json.dumps(extra, ensure_ascii=False, sort_keys=True)}  # fmt: skip
