@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from perceptio.training.muon import Muon, MuonTraining, muon_groups
 
@@ -89,6 +89,15 @@ def test_the_others_take_adamws_step(model):
     for name, weight in model.named_parameters():
         same = torch.allclose(weight, dict(twin.named_parameters())[name], rtol=1e-5, atol=1e-7)
         assert same or name in ("hidden.weight", "back.weight"), name
+
+
+def test_a_schedule_that_asks_for_the_first_learning_rate_finds_it(model):
+    optimizer = Muon(muon_groups(model, 0.1), lr=1e-2)
+    schedule = get_scheduler("polynomial", optimizer, num_warmup_steps=0, num_training_steps=4,
+                             scheduler_specific_kwargs={"lr_end": 0.0})  # fmt: skip
+    optimizer.step()
+    schedule.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.75e-2}
 
 
 class MuonTrainer(MuonTraining, Trainer):

@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
             self.parts[True] = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
         if others:
             self.parts[False] = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps)
-        super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
+        super().__init__([group for part in self.parts.values() for group in part.param_groups], {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure=None):
