@@ -40,7 +40,7 @@ $(DEVELOPED): $(INSTALLED)
 
 demo: $(INSTALLED)
 	@mkdir -p $(DEMO)
-	$(BIN)/perceptio see assets/cups.jpg "Where is the red cylinder?" --out $(DEMO)/result.png
+	$(BIN)/perceptio see assets/cups.jpg "Where is the blue cylinder?" --out $(DEMO)/result.png
 
 test: $(DEVELOPED)
 	@echo "transformers' own common tests (fetched once)"

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 AT_ONCE, MOST_WAITING = 2, 64  # questions that are answered side by side, and that wait for their turn
 DAY = 24 * 60 * 60
 EXAMPLES = {
-    "cups.jpg": "Where is the red cylinder?",
+    "cups.jpg": "Where is the blue cylinder?",
     "balls.jpg": "Which is closer to the camera, the green ball or the brown ball?",
     "house.jpg": "Find the house.",
     "corridor.jpg": "Please segment the blue mug in this image.",

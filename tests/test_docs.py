@@ -155,6 +155,8 @@ def check_data(reader: Reader) -> None:
     assert (reader.folder / "build" / "mine.html").stat().st_size > 20_000
     assert (reader.folder / "build" / "sheet.png").stat().st_size > 10_000
     assert (reader.folder / "shards" / "llava-1.5" / "manifest.json").is_file()
+    given = next(output for line, output in reader.outputs.items() if "counterfactual" in line)
+    assert re.search(r"^wrote [1-9]\d* records to build/given$", given, re.MULTILINE)
 
 
 def check_finetune(reader: Reader) -> None:
