@@ -158,6 +158,24 @@ def test_every_point_has_its_turn_to_be_the_nearest(found):
     assert choose_map(record, answers[:2], 1) == 1 and choose_map(record, answers[:1], 0) is None
 
 
+def test_each_order_of_questions_has_every_turn(shards, request, monkeypatch):
+    """Dealt to the maps in a row, the lowest of two points would be the nearest with every second map alone."""
+    turns: dict[str, list[int]] = {}
+
+    def noted(record, answers, rank):
+        turns.setdefault(record["id"], []).append(rank)
+        return choose_map(record, answers, rank)
+
+    monkeypatch.setattr("perceptio.data.sources.counterfactual.choose_map", noted)
+    folder = str(request.config.rootpath / "checkpoints" / "depth-tiny")
+    list(read_counterfactual(shards, tally=Tally(), tokenizer=folder, each=2))
+    first, second = zip(*turns.values(), strict=True)
+    assert len(first) >= 8
+    for ranks in (first, second):
+        assert [rank - ranks[0] for rank in ranks] == list(range(len(ranks)))
+    assert all(one != other for one, other in turns.values())
+
+
 def test_a_picture_may_come_with_several_maps(shards, twice, request):
     folder = str(request.config.rootpath / "checkpoints" / "depth-tiny")
     first = [record for record in twice if record["id"].endswith("-given")]

@@ -49,16 +49,16 @@ def read_counterfactual(root, *, tally: Tally, tokenizer: str, split: str = "tra
     codebook = vqvae.codebook_hash()
     asked = filter(marked_points, read_shards(root, split))  # others may be of the very same picture
     maps: deque[tuple[list[int], Tensor]] = deque(maxlen=MAPS)
-    rank = 0
+    number = 0
     while records := list(islice(asked, DECODED)):
         own = [_codes(record, vqvae, codebook) for record in records]
         decoded = iter(vqvae.decode_ids(torch.tensor([codes for codes in own if codes])) if any(own) else ())
         for record, codes in zip(records, own, strict=True):
             others = [(other, depth) for other, depth in maps if other != codes]
             answers = first_answers(record, [depth for _, depth in others])
+            number += 1
             for time in range(each):
-                rank += 1
-                chosen = choose_map(record, answers, rank)
+                chosen = choose_map(record, answers, number + time)  # so that each order of questions has every turn
                 if chosen is None:
                     tally.drop("no point is plainly the nearest", record["id"])
                     continue
@@ -117,15 +117,13 @@ def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str, one_
     first, *later = zip(extra["questions"], texts, strict=True)
     if told(first[0], near) is None:
         return None
-    asked = [first, *(({"kind": kind}, text) for kind, text in UNNAMED.items())]
+    letters = Random(record["id"]).sample(sorted(places), len(places)) if one_by_one else []
+    singly = [({"kind": "near", "letters": [letter]}, NEAR.format(letter)) for letter in letters]
+    unnamed = [({"kind": kind}, text) for kind, text in UNNAMED.items()]
+    asked = [*singly, first, *unnamed, *(turn for turn in later if turn not in singly)]
     masks = [mask for mask in record["masks"] if mask["turn"] == 1]
     if one_by_one:
-        letters = Random(record["id"]).sample(sorted(places), len(places))
-        singly = [({"kind": "near", "letters": [letter]}, NEAR.format(letter)) for letter in letters]
-        asked = [*singly, *asked, *(turn for turn in later if turn not in singly)]
         masks = [{"turn": 1, "offset": OPENING, **encode_mask(discs([places[letters[0]]], size[::-1]))}]
-    else:
-        asked += later
     answered = [(question, text, told(question, near)) for question, text in asked]
     kept = [turn for turn in answered if turn[2] is not None]
     messages = []
