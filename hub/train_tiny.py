@@ -25,6 +25,8 @@ OUT = Path("build/tiny")
 SCENES, SEED = 16_000, 1  # none of those that the teachers have seen
 LOOKS, LOOKS_SEED = 5_000, 2  # scenes with questions about what things look like alone
 LOOKS_KINDS = "colour=4,pattern=2,exists=3,absent=2,refer=1,count=1,closer=1"
+RELATIONS, RELATIONS_SEED = 6_000, 3  # and with questions about where things are to each other
+RELATIONS_KINDS = "side=5,closer=4,nearest=3,count=2,colour=1,refer=1"
 HELD_OUT = {"test": 100, "points3": 150, "points4": 150, "points5": 150, "lure": 150, "refer": 150, "absent": 150}
 MORE_TO_DO = 75
 # glibc gives large blocks back to the system at once, and takes them again page by page in every step.
@@ -79,6 +81,9 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
         scenes(OUT / "rendered-looks", "train", LOOKS, "--seed", LOOKS_SEED, "--turns", 5, "--points", 0,
                "--kinds", LOOKS_KINDS, "--repeated", "colour,pattern,exists,absent"),
         labelled(OUT / "looks", OUT / "rendered-looks"),
+        scenes(OUT / "rendered-relations", "train", RELATIONS, "--seed", RELATIONS_SEED, "--turns", 6, "--points", 0,
+               "--kinds", RELATIONS_KINDS, "--repeated", "side,closer,nearest,refer"),
+        labelled(OUT / "relations", OUT / "rendered-relations"),
         stage("things", OUT / "things/manifest.json",
               "-m", "perceptio.data.pick", OUT / "scenes", OUT / "things", "--without", "[-]points$"),
         stage("given spans", OUT / "given/manifest.json",

@@ -221,6 +221,17 @@ def test_kinds_are_drawn_by_weight_and_only_the_repeated_ones_twice():
     assert most["colour"] > 1 == most["exists"]
 
 
+def test_no_two_questions_of_a_kind_are_about_the_same_two_things():
+    options = WorldOptions(112, 112, turns=6, points=0, kinds={"side": 1, "closer": 1}, repeated=("side", "closer"))
+    several = 0
+    for record in world_records(12, seed=6, options=options, workers=0):
+        for kind in ("side", "closer"):
+            asked = [q["things"] for q in json.loads(record["extra"])["questions"] if q["kind"] == kind]
+            assert len({frozenset(things) for things in asked}) == len(asked), record["id"]
+            several += len(asked) > 1
+    assert several >= 5
+
+
 def test_guessing_by_position_does_not_pay(many):
     """First-named or second, left or right, yes or no, each letter: within four standard errors of even."""
     counts = Counter()

@@ -97,11 +97,15 @@ def _several(asker: Asker, rng, options: WorldOptions) -> list[Question]:
 
 
 def _same(question: Question, other: Question) -> bool:
-    """Whether one gives the other's answer away; a thing may be referred to in several ways."""
-    thing = None if question.kind == "refer" else question.extra.get("thing")
-    return question.text == other.text or (
-        question.kind == other.kind and thing is not None and thing == other.extra.get("thing")
-    )
+    """Whether one gives the other's answer away: it asks the same of the same thing, or of the same two things.  A thing
+    may be referred to in several ways."""
+    if question.text == other.text:
+        return True
+    if question.kind != other.kind or question.kind == "refer":
+        return False
+    thing = question.extra.get("thing")
+    shared = set(question.extra.get("things", ())) & set(other.extra.get("things", ()))
+    return len(shared) > 1 or (thing is not None and thing == other.extra.get("thing"))
 
 
 def _single(rng, name: str, split: str, options: WorldOptions) -> dict:
