@@ -60,18 +60,20 @@ def train(name: str, changes: dict, seed: int, config: dict, out: Path) -> Path:
 
 
 def measure(model: Path, data: str, splits: list[str], limit: int | None, out: Path, *options: str) -> dict:
-    """Split → figure → value and number of questions."""
-    found = {}
-    for split in splits:
-        words = ["--model", model, "--data", data, "--split", split, "--out", out / split, "--batch-size", "32"]
-        words += [] if limit is None else ["--limit", limit]
-        if not (out / split / "results.json").is_file():
-            run("-m", "perceptio", "eval", "world", *words, *options)
-        figures = json.loads((out / split / "results.json").read_text("utf-8"))["figures"]
-        found[split] = {
-            figure["name"].removeprefix(f"{split}: "): {"value": figure["value"], "n": figure["n"]}
-            for figure in figures
-        }
+    """Split → figure → value and number of questions.  limit: of each split."""
+    return {split: ask(model, data, split, limit, out / split, *options)[split] for split in splits}
+
+
+def ask(model: Path, data: str, splits: str, limit: int | None, out: Path, *options: str) -> dict:
+    """The same, of several at once."""
+    words = ["--model", model, "--data", data, "--split", splits, "--out", out, "--batch-size", "32"]
+    words += [] if limit is None else ["--limit", limit]
+    if not (out / "results.json").is_file():
+        run("-m", "perceptio", "eval", "world", *words, *options)
+    found: dict = {}
+    for figure in json.loads((out / "results.json").read_text("utf-8"))["figures"]:
+        split, name = figure["name"].split(": ", 1)
+        found.setdefault(split, {})[name] = {"value": figure["value"], "n": figure["n"]}
     return found
 
 
@@ -97,13 +99,14 @@ def ablate(config: dict, out: Path, results: dict) -> None:
         write_json(RESULTS, results)
 
 
-def replace_codes(model: Path, data: str, limit: int | None, out: Path, results: dict) -> None:
+def replace_codes(model: Path, data: str, out: Path, results: dict) -> None:
     manifest = json.loads((model / "manifest.json").read_text("utf-8"))
     weights = {name: entry for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
-    results["codes"] = {"model": model.name, "weights": weights, "limit": limit, "with": {}}
+    results["codes"] = {"model": model.name, "weights": weights, "with": {}}
     for codes in CODES:
         folder = out / "codes" / codes
-        results["codes"]["with"][codes] = measure(model, data, list(CLOSEST), limit, folder, "--depth-codes", codes)
+        found = ask(model, data, ",".join(CLOSEST), None, folder, "--depth-codes", codes)
+        results["codes"]["with"][codes] = found
         write_json(RESULTS, results)
 
 
@@ -181,7 +184,6 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="variants to train, as recipes/ablations/tiny.yaml")
     parser.add_argument("--tokens", type=Path, metavar="DIR", help="trained model whose codes are replaced")
     parser.add_argument("--data", default="build/tiny/held-out", help="scenes that --tokens asks about")
-    parser.add_argument("--limit", type=int, default=300, help="questions of a split that --tokens asks")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "ablations")
     options = parser.parse_args()
     if options.config is None and options.tokens is None:
@@ -189,7 +191,7 @@ def main() -> int:
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
     out = options.out.resolve()
     if options.tokens is not None:
-        replace_codes(options.tokens.resolve(), str(Path(options.data).resolve()), options.limit, out, results)
+        replace_codes(options.tokens.resolve(), str(Path(options.data).resolve()), out, results)
     if options.config is not None:
         ablate(yaml.safe_load(options.config.read_text("utf-8")), out, results)
     RESULTS.with_suffix(".svg").write_text(plot(results), "utf-8")

@@ -77,12 +77,13 @@ def model_hash(pipe) -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """Of every file of a model's folder that decides what it says."""
+    """Of every file of a model's folder that may decide what it says."""
     from ..data.manifest import sha256
+    from ..hub.card import EVALUATION, EVALUATIONS
     from ..hub.manifest import list_files
 
     digest = hashlib.sha256()
     for name in list_files(folder):
-        if not name.endswith((".md", ".png", ".jpg")):
+        if not name.endswith((".md", ".png", ".jpg")) and not name.startswith((EVALUATION, f"{EVALUATIONS}/")):
             digest.update(f"{name}\0{sha256(folder / name)}\n".encode())
     return digest.hexdigest()[:16]

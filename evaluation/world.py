@@ -1,7 +1,7 @@
 """Our own rendered scenes, whose truth is exact: shards that `perceptio world build` wrote.
 
 Every question is asked on its own, with mask and depth first.  The split "all" is every one that the folder holds but
-train and validation; each has figures of its own.
+train and validation, "points3,lure" is these two; each has figures of its own.
 """
 
 import json
@@ -35,6 +35,13 @@ class World(Benchmark):
     name = "world"
     splits = (ALL, *SPLITS)
 
+    def check_split(self, split: str) -> None:
+        named = split.split(",")
+        for name in named:
+            super().check_split(name)
+        if len(named) > 1 and (ALL in named or len(set(named)) < len(named)):
+            raise ValueError(f"`--split` is {split!r}, expected {ALL!r} alone, or others once each")
+
     def items(self, data: Path, split: str, tally: Tally) -> Iterator[Item]:
         for name in self._splits(data, split):
             for record in read_shards(data, split=name):
@@ -43,7 +50,7 @@ class World(Benchmark):
     @staticmethod
     def _splits(data: Path, split: str) -> list[str]:
         if split != ALL:
-            return [split]
+            return split.split(",")
         names = [name for name in SPLITS if name in read_manifest(data)["splits"] and name not in SEEN]
         if not names:
             raise DataError(

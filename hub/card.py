@@ -25,6 +25,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
+from ..evaluation import CODES
 from ..evaluation.benchmark import Figure
 from ..files_perceptio import read_header, weight_files
 from .assemble import PART_PREFIXES
@@ -33,6 +34,10 @@ README, CARD, LOG, CURVE = "README.md", "card.json", "log.jsonl", "curve.svg"
 EVALUATION, EVALUATIONS = "evaluation.json", "evaluation"
 WRITTEN = "<!-- written by perceptio from the files beside it: changes here are lost -->"
 KEYS = ("about", "data", "made_by", "base_model", "limits", "parts")
+OWN = CODES[0]
+SPANS = {"own": "its own", "random": "random", "constant": "one and the same", "other": "another picture's",
+         "oracle": "the true depth's"}  # fmt: skip
+OF_DEPTH = ("delta1, aligned", "AbsRel, aligned", "delta1 as it is", "AbsRel as it is", "whole depth spans")
 TASK = "image-text-to-text"
 TAGS = ["perceptio", "custom_code", "image-segmentation", "depth-estimation", "referring-expression",
         "arxiv:2603.18795"]  # fmt: skip
@@ -144,7 +149,14 @@ def measuring_command(results: dict, model: str) -> str:
 
 
 def file_stem(results: dict) -> str:
-    return slug(f"{results['settings']['benchmark']} {results['settings']['split']}")
+    settings = results["settings"]
+    asked = f"{settings['benchmark']} {settings['split']} {settings.get('perception') or ''}"
+    return slug(asked if _own_codes(results) else f"{asked} {settings['depth_codes']} codes")
+
+
+def _own_codes(results: dict) -> bool:
+    """Whether the model wrote the depth span itself: else it is not the model that the figures are about."""
+    return results["settings"].get("depth_codes", OWN) == OWN
 
 
 def slug(name: str) -> str:
@@ -164,7 +176,7 @@ def eval_results(folder: Path, repo_id: str, datasets: dict[str, str]) -> Iterat
     known = {**DATASETS, **datasets}
     for file, results in read_evaluations(folder).items():
         benchmark = results["settings"]["benchmark"]
-        if benchmark not in known:
+        if benchmark not in known or not _own_codes(results):
             continue
         entries = [
             EvalResultEntry(
@@ -183,7 +195,7 @@ def eval_results(folder: Path, repo_id: str, datasets: dict[str, str]) -> Iterat
 
 def _model_index(measured: dict[str, dict]) -> list[EvalResult] | None:
     rows = []
-    for results in measured.values():
+    for results in filter(_own_codes, measured.values()):
         benchmark, split = results["settings"]["benchmark"], results["settings"]["split"]
         for figure in results["figures"]:
             if figure["value"] is not None:
@@ -261,14 +273,58 @@ def _numbers(measured: dict[str, dict], name: str) -> Iterator[str]:
         yield "## Numbers\n\nNothing was measured."
         return
     yield "## Numbers\n\nEach with its 95% interval, the number of questions, and how many could not be read."
+    compared = _compared(measured)
     for file, results in measured.items():
-        settings = results["settings"]
+        if any(file in files.values() for files in compared):
+            continue
         rows = [Figure.HEAD, ["---"] * len(Figure.HEAD), *(Figure(**figure).cells() for figure in results["figures"])]
-        yield f"### {settings['benchmark']}, {settings['split']}"
+        yield _title(results)
         yield f"`{measuring_command(results, _place(name))}` wrote [{file}]({file}). {results.get('note', '')}".strip()
-        yield "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+        yield _table(rows)
         if teachers := results.get("teachers"):
             yield "Its teachers, on held-out scenes:\n\n" + "\n".join(_teacher(*entry) for entry in teachers.items())
+    for files in compared:
+        yield from _comparison({codes: measured[file] for codes, file in files.items()}, files, name)
+
+
+def _compared(measured: dict[str, dict]) -> list[dict[str, str]]:
+    """Whose codes were in the span → file, for each set of questions that was asked with several."""
+    asked: dict[tuple, dict[str, str]] = {}
+    for file, results in measured.items():
+        settings = results["settings"]
+        questions = tuple(settings.get(key) for key in ("benchmark", "split", "limit", "perception", "model"))
+        asked.setdefault(questions, {})[settings.get("depth_codes", OWN)] = file
+    return [{codes: files[codes] for codes in CODES if codes in files} for files in asked.values() if len(files) > 1]
+
+
+def _comparison(found: dict[str, dict], files: dict[str, str], name: str) -> Iterator[str]:
+    first = next(iter(found.values()))
+    values = {codes: {f["name"]: Figure(**f) for f in results["figures"]} for codes, results in found.items()}
+    rows = [
+        [row, *(figures[row].cells()[1] if row in figures else "–" for figures in values.values())]
+        for row in dict.fromkeys(row for figures in values.values() for row in figures)
+        if not row.endswith(OF_DEPTH)
+    ]
+    head = ["figure", *(SPANS[codes] for codes in found)]
+    yield _title(first) + ", whose depth codes are in the span"
+    yield (
+        "An answer that rests on the depth codes is worse with random ones, one and the same, and those of another "
+        "picture, and better with those of the true depth. Each column is a run of "
+        f"`{measuring_command(first, _place(name))}`, with its own `--depth-codes`: "
+        + ", ".join(f"[{codes}]({file})" for codes, file in files.items())
+        + ", which have the intervals."
+    )
+    yield _table([head, ["---"] * len(head), *rows])
+
+
+def _title(results: dict) -> str:
+    settings = results["settings"]
+    other = "" if _own_codes(results) else f", depth codes: {settings['depth_codes']}"
+    return f"### {settings['benchmark']}, {settings['split'].replace(',', ', ')}{other}"
+
+
+def _table(rows: list) -> str:
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
 
 
 def _teacher(name: str, entry: dict) -> str:

@@ -2,9 +2,11 @@
 
     python -m perceptio.hub.release build/tiny checkpoints/perceptio-tiny
     python -m perceptio.hub.release --code checkpoints/perceptio-tiny       # after a change of the code beside it
+    python -m perceptio.hub.release checkpoints/perceptio-tiny --results build/ablations/codes/*/results.json
 
 Beside the model: the log of its fine-tuning (`log.jsonl`, `curve.svg`), its figures on held-out scenes and those of
 its teachers (`evaluation.json`), the recipe that it was made by, and a card written from these (`hub/card.py`).
+Figures that were measured on the folder itself come in afterwards (`evaluation/`).
 """
 
 import argparse
@@ -24,6 +26,7 @@ from ..training.checkpoints import STATE, checkpoints
 from .assemble import KEPT_FLOAT32, PART_PREFIXES, put_in_place
 from .card import CARD, CURVE, EVALUATION, LOG, write_card
 from .manifest import write_manifest
+from .repository import add_results
 from .weights import write_shards
 
 RECIPE = "recipe.yaml"
@@ -60,6 +63,16 @@ def release(run: Path, folder: Path, recipe: Path) -> Path:
     write_manifest(half)
     put_in_place(half, folder)
     return folder
+
+
+def bring_up_to_date(folder: Path, code: bool, results: tuple[Path, ...]) -> None:
+    """Bring in the code as it is now, figures that were measured on the folder, or both."""
+    if results:
+        add_results(folder, results, folder)
+        write_card(folder, folder.name, LICENCE)
+    if code:
+        copy_code(folder)
+    write_manifest(folder)
 
 
 def write_weights(model: PerceptioForConditionalGeneration, folder: Path) -> None:
@@ -134,13 +147,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, nargs="?", help="folder of perceptio.hub.train_tiny")
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--code", action="store_true", help="bring the code in FOLDER up to date, and nothing else")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="FILE",
+        help="results.json of `perceptio eval --model FOLDER`, for FOLDER's card",
+    )  # fmt: skip
     parser.add_argument("--recipe", type=Path, default=Path("recipes/perceptio-tiny.yaml"))
     options = parser.parse_args(arguments)
-    if options.code == (options.run is not None):
-        parser.error("name the run and the folder, or --code and the folder")
-    if options.code:
-        copy_code(options.folder)
-        write_manifest(options.folder)
+    if (options.code or bool(options.results)) == (options.run is not None):
+        parser.error("name the run and the folder, or the folder and --code or --results")
+    if options.run is None:
+        try:
+            bring_up_to_date(options.folder, options.code, tuple(options.results))
+        except (ValueError, OSError) as error:
+            return refuse(error)
         return 0
     try:
         release(options.run, options.folder, options.recipe)

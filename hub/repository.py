@@ -118,7 +118,7 @@ def build_model(folder: Path, out: Path, wish: Wish) -> None:
     if "base_model" in stated and "base_model" not in known:
         (out / CARD).unlink(missing_ok=True)
         write_json(out / CARD, known | {"base_model": stated["base_model"]})
-    _add_results(folder, wish.results, out)
+    add_results(folder, wish.results, out)
     licence = _licence(folder, out, wish)
     if _is_by_hand(folder):
         _keep_card(folder, out, licence)
@@ -173,10 +173,12 @@ def _place_weights(folder: Path, out: Path, max_shard_size: str) -> None:
     write_shards(out, sizes, weights.__getitem__, limit)
 
 
-def _add_results(folder: Path, paths: tuple[Path, ...], out: Path) -> None:
+def add_results(folder: Path, paths: tuple[Path, ...], out: Path) -> None:
+    """Put what `perceptio eval` measured on the model of `folder` where the card of `out` finds it."""
     from ..evaluation.command import folder_hash
 
     own = folder_hash(folder) if paths else None  # reads all weights
+    stems: dict[str, Path] = {}
     for path in paths:
         results = read_evaluation(path)
         if results["settings"].get("model") != own:
@@ -184,8 +186,14 @@ def _add_results(folder: Path, paths: tuple[Path, ...], out: Path) -> None:
                 f"{path} was measured on the model {results['settings'].get('model')}, expected {own}, which {folder} "
                 f"is: measure it with `perceptio eval {results['settings']['benchmark']} --model {folder}`"
             )
+        stem = file_stem(results)
+        if stem in stems:
+            raise ValueError(
+                f"{stems[stem]} and {path} answer the same questions, expected one of them: leave one out"
+            )
+        stems[stem] = path
         (out / EVALUATIONS).mkdir(exist_ok=True)
-        write_json(out / EVALUATIONS / f"{file_stem(results)}.json", results)
+        write_json(out / EVALUATIONS / f"{stem}.json", results)
 
 
 # Data sets and Spaces

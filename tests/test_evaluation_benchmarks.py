@@ -93,6 +93,24 @@ def test_splits_are_the_published_ones(refer, tmp_path):
         evaluate("refcocog", refer, tmp_path / "b", Oracle(), "testA")
 
 
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ("test,nope", "world has no split 'nope'"),
+        ("all,test", "'all' alone"),
+        ("test,test", "once each"),
+        ("test,", "split ''"),
+    ],
+)
+def test_several_splits_are_named_with_commas(tmp_path, split, said):
+    write_world(tmp_path / "world", 2, ("test", "lure", "absent"))
+    both = evaluate("world", tmp_path / "world", tmp_path / "both", Oracle(), "lure,absent")
+    found = {figure["name"].split(": ")[0] for figure in both["figures"]}
+    assert found == {"lure", "absent"} and both["split"] == "lure,absent"
+    with pytest.raises(ValueError, match=said):
+        evaluate("world", tmp_path / "world", tmp_path / "bad", Oracle(), split)
+
+
 def test_a_mask_that_the_object_score_holds_back_counts_for_one_figure_alone(refer, tmp_path):
     class Doubtful(Oracle):
         def _one(self, item, mode):

@@ -197,6 +197,31 @@ def test_the_figures_stand_in_the_tables_of_the_hub(hub, tiny_folder, measured):
     assert card.data.license == "apache-2.0" and "untrained" in card.text and 'model="me/figures"' in card.text
 
 
+def test_figures_with_other_codes_are_compared_and_not_the_models_own(hub, tiny_folder, measured, tmp_path, capsys):
+    """Beside its own in the card; in the tables of the Hub its own alone."""
+    other = json.loads(measured.read_text("utf-8"))
+    other["settings"]["depth_codes"] = "random"
+    other["figures"] = [{**figure, "value": 12.25, "low": 10.0, "high": 20.0} for figure in other["figures"]]
+    (tmp_path / "random.json").write_text(json.dumps(other))
+    words = [*FREE, "--results", measured, "--results", tmp_path / "random.json", "--benchmark", "world=me/scenes"]
+    assert push(tiny_folder(), "me/codes", *words, "--no-verify") == 0
+    files, results = hub.files("me/codes"), json.loads(measured.read_text("utf-8"))
+    assert json.loads(files["evaluation/world-test.json"]) == results
+    assert json.loads(files["evaluation/world-test-random-codes.json"]) == other
+    assert [name for name in files if name.startswith(".eval_results/")] == [".eval_results/world-test.yaml"]
+    card = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
+    assert [r.metric_value for r in card.data.eval_results] == [figure["value"] for figure in results["figures"]]
+    numbers = card.text.split("## Numbers")[1].split("\n## ")[0]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.*) \|$", numbers, re.M)]
+    assert rows[0] == ["figure", "its own", "random"] and "--depth-codes own" in numbers
+    answers = [Figure(**f).cells()[:2] for f in results["figures"] if "answers" in f["name"]]
+    assert answers and all([name, value, "12.2%"] in rows for name, value in answers)
+    assert not any("delta1" in row[0] for row in rows)
+    shutil.copy(tmp_path / "random.json", tmp_path / "again.json")
+    assert push(tiny_folder(), "me/codes", *words, "--results", tmp_path / "again.json", "--no-verify") == 2
+    assert "answer the same questions" in capsys.readouterr().err
+
+
 def test_a_space_arrives_as_it_is(hub, tmp_path):
     folder = space_in(tmp_path / "demo")
     (folder / "__pycache__").mkdir()

@@ -15,6 +15,7 @@ from transformers import InternVLVisionModel, Sam2Model
 from perceptio import DepthVQVAE, PerceptioForConditionalGeneration, PerceptioProcessor
 from perceptio.cli import build_parser
 from perceptio.evaluation.benchmark import Figure, open_benchmark
+from perceptio.evaluation.command import folder_hash
 from perceptio.evaluation.run import Settings, run_benchmark
 from perceptio.hub.card import read_evaluations
 from perceptio.hub.manifest import scan_pickles, verify_manifest
@@ -112,6 +113,25 @@ def test_its_parts_add_up_to_its_weights(released):
     parts = card.split("## Parts and licences")[1].split("## Citation")[0]
     shown = [float(number) for number in re.findall(r"\| ([\d.]+) M \|", parts)]
     assert sum(shown) == pytest.approx(stored / 1e6, abs=0.01 * len(shown)) and "not stated" not in parts
+
+
+def test_figures_that_were_measured_on_it_come_in_afterwards(run, released, tmp_path, capsys):
+    """Once or again; those of another model do not."""
+    folder = shutil.copytree(released, tmp_path / "perceptio-tiny")
+    model, files = folder_hash(folder), []
+    for codes in ("own", "random"):
+        settings, out = Settings(split="test,lure", depth_codes=codes), tmp_path / codes
+        run_benchmark(open_benchmark("world"), Oracle(), run / "held-out", out, settings, {"model": model})
+        files.append(str(out / "results.json"))
+    for _ in range(2):
+        assert main([str(folder), "--results", *files]) == 0
+        assert verify_manifest(folder) == [] and folder_hash(folder) == model
+        names = {"evaluation.json", "evaluation/world-test-lure.json", "evaluation/world-test-lure-random-codes.json"}
+        assert set(read_evaluations(folder)) == names
+        card = (folder / "README.md").read_text("utf-8")
+        assert "### world, test, lure, whose depth codes are in the span" in card and "### world, all" in card
+    assert main([str(folder.parent), "--results", *files]) == 2
+    assert "was measured on the model" in capsys.readouterr().err
 
 
 def test_it_can_be_pushed_as_it_is(released, tmp_path):

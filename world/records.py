@@ -97,8 +97,8 @@ def _several(asker: Asker, rng, options: WorldOptions) -> list[Question]:
 
 
 def _same(question: Question, other: Question) -> bool:
-    """Whether one gives the other's answer away: it asks the same of the same thing, or of the same two things.  A thing
-    may be referred to in several ways."""
+    """Whether one gives the other's answer away: it asks the same of the same thing, or of the same two things.
+    A thing may be referred to in several ways."""
     if question.text == other.text:
         return True
     if question.kind != other.kind or question.kind == "refer":
