@@ -49,7 +49,7 @@ def train(name: str, changes: dict, seed: int, config: dict, out: Path) -> Path:
     if without is not None:
         recipe = yaml.safe_load((ROOT / data).read_text("utf-8"))
         # Spans that are given teach to read spans: without spans there is nothing to give.
-        kept = [source for source in recipe["sources"] if "depth" not in without or source["name"] != "given"]
+        kept = [s for s in recipe["sources"] if "depth" not in without or not s["name"].startswith("given")]
         recipe |= {"sources": [{**source, "without": without} for source in kept], "root": str(ROOT / recipe["root"])}
         data = folder / "data.yaml"
         data.write_text(yaml.safe_dump(recipe), "utf-8")

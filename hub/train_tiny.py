@@ -26,7 +26,7 @@ SCENES, SEED = 16_000, 1  # none of those that the teachers have seen
 LOOKS, LOOKS_SEED = 5_000, 2  # scenes with questions about what things look like alone
 LOOKS_KINDS = "colour=4,pattern=2,exists=3,absent=2,refer=1,count=1,closer=1"
 RELATIONS, RELATIONS_SEED = 6_000, 3  # and with questions about where things are to each other
-RELATIONS_KINDS = "side=5,closer=4,nearest=3,count=2,colour=1,refer=1"
+RELATIONS_KINDS = "side=4,closer=6,nearest=2,count=1,colour=1,refer=1"
 HELD_OUT = {"test": 100, "points3": 150, "points4": 150, "points5": 150, "lure": 150, "refer": 150, "absent": 150}
 MORE_TO_DO = 75
 # glibc gives large blocks back to the system at once, and takes them again page by page in every step.
@@ -61,6 +61,10 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
                      "-m", "perceptio", "label", "--images", rendered, "--out", folder, "--vqvae", depth,
                      "--teacher", "none", "--workers", os.cpu_count() or 1)  # fmt: skip
 
+    def given(about: str, folder: Path, out: Path) -> Stage:
+        return stage(f"given spans: {about}", out / "manifest.json", "-m", "perceptio.data.sources.counterfactual",
+                     folder, out, "--about", about, "--tokenizer", depth, "--each", 2)  # fmt: skip
+
     recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
     base, sam, vision, first = (OUT / name for name in ("base", "sam/model", "vision-large/model", "vision/model"))
     teachers = [
@@ -86,9 +90,8 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
         labelled(OUT / "relations", OUT / "rendered-relations"),
         stage("things", OUT / "things/manifest.json",
               "-m", "perceptio.data.pick", OUT / "scenes", OUT / "things", "--without", "[-]points$"),
-        stage("given spans", OUT / "given/manifest.json",
-              "-m", "perceptio.data.sources.counterfactual", OUT / "scenes", OUT / "given", "--tokenizer", depth,
-              "--each", 2),
+        given("points", OUT / "scenes", OUT / "given"),
+        given("things", OUT / "relations", OUT / "given-things"),
         *(scenes(OUT / "held-out", split, count) for split, count in HELD_OUT.items()),
         stage("fine-tuning", OUT / "run/model/manifest.json",
               *fine_tuning(), "--config", recipes / "perceptio-tiny.yaml", "--resume", *model),

@@ -52,7 +52,8 @@ def test_every_variant_is_a_run_that_can_be_read(ablations, config, tmp_path, mo
         sources = read_recipe(run.data).sources
         left_out = changes.get("without", "")
         assert {source.without or "" for source in sources} == {left_out}
-        assert ("given" in {source.name for source in sources}) == ("depth" not in left_out)
+        given = {source.name for source in sources} & {"given", "given-things"}
+        assert given == (set() if "depth" in left_out else {"given", "given-things"})
         for key in changes.keys() - {"without"}:
             assert getattr(arguments, key) == changes[key]
     assert len({words[2] for words in ran}) == len(config["variants"]) >= 9

@@ -16,6 +16,7 @@ from perceptio.data.sequence import IGNORED, build_sequence
 from perceptio.data.shards import read_shards, write_shards
 from perceptio.data.sources.counterfactual import (
     CLEAR,
+    candidates,
     choose_map,
     first_answers,
     give_span,
@@ -141,6 +142,56 @@ def test_it_is_often_not_the_pictures_own_answer(found, shards):
     assert sum(other) >= len(other) / 4
 
 
+@pytest.fixture(scope="module")
+def things(tmp_path_factory, request):
+    """What is made of 24 scenes with questions which thing is closer, two maps each; and the scenes by id."""
+    folder = tmp_path_factory.mktemp("things") / "shards"
+    kinds = {"closer": 3, "nearest": 1, "side": 1}
+    options = WorldOptions(112, 112, turns=4, points=0, kinds=kinds, repeated=("closer", "side"))
+    write_shards([record for index in range(24) for record in scene_records(index, 5, options=options)], folder)
+    tokenizer = str(request.config.rootpath / "checkpoints" / "depth-tiny")
+    found = list(read_counterfactual(folder, tally=Tally(), tokenizer=tokenizer, each=2, about="things"))
+    assert len(found) >= 24
+    return found, {record["id"]: record for record in read_shards(folder)}
+
+
+def test_which_thing_is_closer_follows_from_the_given_map_too(things, vqvae):
+    """At a place on each thing, which is in the mask that the first answer has; nothing else is asked."""
+    found, own = things
+    firsts, changed = set(), 0
+    for record in found:
+        questions, size = json.loads(record["extra"])["questions"], upright_size(record["image"]["bytes"])
+        depth = vqvae.decode_ids(torch.tensor([record["depth_codes"]]))[0]
+        given = own[record["id"].partition("-given")[0]]
+        asked = [message["content"] for message in given["messages"][::2]]
+        turns = [asked.index(message["content"]) for message in record["messages"][::2]]
+        assert {question["kind"] for question in questions} <= {"closer", "nearest"}
+        for question, turn, answer in zip(questions, turns, record["messages"][1::2], strict=True):
+            rows = [int(y * len(depth) / size[1]) for _, y in question["places"]]
+            columns = [int(x * len(depth) / size[0]) for x, _ in question["places"]]
+            near = depth[rows, columns].tolist()
+            nearest, second = sorted(near, reverse=True)[:2]
+            named = question["names"][near.index(nearest)]
+            assert answer["content"] == f"{named[0].upper()}{named[1:]}." and nearest - second >= CLEAR
+            changed += answer["content"] != given["messages"][2 * turn + 1]["content"]
+            mask = decode_mask(next(mask for mask in given["masks"] if mask["turn"] == 2 * turn + 1))
+            assert all(mask[y, x] for x, y in question["places"])
+            if turn == turns[0]:
+                assert [decode_mask(own_mask).tolist() for own_mask in record["masks"]] == [mask.tolist()]
+        firsts.add((given["id"], turns[0]))
+    assert changed >= len(found) / 4
+    assert len(firsts) > len({given for given, _ in firsts})  # the second time another question comes first
+
+
+def test_the_lower_thing_is_not_the_nearer_one_more_often(things):
+    lower = []
+    for record in things[0]:
+        question, answer = json.loads(record["extra"])["questions"][0], record["messages"][1]["content"]
+        places = candidates(question)
+        lower.append(answer == max(places, key=lambda answer: places[answer][1]))
+    assert abs(sum(lower) - len(lower) / 2) <= 2 * len(lower) ** 0.5
+
+
 def test_every_point_has_its_turn_to_be_the_nearest(found):
     """From the lowest on, whatever the picture shows; a map that tells nothing is not taken, nor one too few."""
     record = max(found, key=lambda record: len(marked_points(record)))
@@ -162,9 +213,9 @@ def test_each_order_of_questions_has_every_turn(shards, request, monkeypatch):
     """Dealt to the maps in a row, the lowest of two points would be the nearest with every second map alone."""
     turns: dict[str, list[int]] = {}
 
-    def noted(record, answers, rank):
+    def noted(record, answers, rank, time):
         turns.setdefault(record["id"], []).append(rank)
-        return choose_map(record, answers, rank)
+        return choose_map(record, answers, rank, time)
 
     monkeypatch.setattr("perceptio.data.sources.counterfactual.choose_map", noted)
     folder = str(request.config.rootpath / "checkpoints" / "depth-tiny")
@@ -186,6 +237,8 @@ def test_a_picture_may_come_with_several_maps(shards, twice, request):
             assert second[record["id"]]["depth_codes"] != record["depth_codes"]
     with pytest.raises(ValueError, match="`each` is 0"):
         next(read_counterfactual(shards, tally=Tally(), tokenizer=folder, each=0))
+    with pytest.raises(ValueError, match="`about` is 'rings', expected one of points, things"):
+        next(read_counterfactual(shards, tally=Tally(), tokenizer=folder, about="rings"))
 
 
 def test_nothing_of_a_given_span_is_learned(found):

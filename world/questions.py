@@ -122,6 +122,15 @@ class Asker:
         return None
 
     @staticmethod
+    def _compared(named: list[tuple[View, str]]) -> dict:
+        """What of a question which thing is closer, with a place (x, y) on each of the things."""
+        return {
+            "things": [view.index for view, _ in named],
+            "names": [words for _, words in named],
+            "places": [_inside(view.mask) for view, _ in named],
+        }
+
+    @staticmethod
     def _where(view: View) -> str:
         across = (
             "on the left"
@@ -220,7 +229,7 @@ class Asker:
             self._one(CLOSER).format(words, others),
             f"{nearer[0].upper()}{nearer[1:]}.",
             self._union([view, other]),
-            {"things": [view.index, other.index]},
+            self._compared(pair),
         )
 
     def _nearest(self) -> Question | None:
@@ -234,7 +243,7 @@ class Asker:
             f"Which of these is closest to the camera: {first}, {second} or {third}?",
             f"{nearest[0].upper()}{nearest[1:]}.",
             self._union([view for view, _ in named]),
-            {"things": [view.index for view, _ in named]},
+            self._compared(named),
         )
 
     def _colour(self) -> Question | None:
@@ -263,6 +272,13 @@ class Asker:
         answer = f"{listed[0].upper()}{listed[1:]}, {PLACE_NAMES[self.scene.place]}."
         extra = {"things": [view.index for view in shown]}
         return Question("describe", self._one(DESCRIBE), answer, self._union(shown), extra)
+
+
+def _inside(mask: np.ndarray) -> list[int]:
+    """(x, y) of the pixel of it that is closest to its middle."""
+    y, x = np.nonzero(mask)
+    middle = np.argmin(np.abs(y - np.median(y)) + np.abs(x - np.median(x)))
+    return [int(x[middle]), int(y[middle])]
 
 
 KINDS = {
