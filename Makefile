@@ -70,6 +70,7 @@ tiny: $(DEVELOPED)
 
 ablations: $(DEVELOPED)
 	$(BIN)/python bench/ablations.py --config recipes/ablations/tiny.yaml --tokens checkpoints/perceptio-tiny
+	$(BIN)/python -m perceptio.hub.release checkpoints/perceptio-tiny --results build/ablations/codes/*/results.json
 
 gpu: $(DEVELOPED)
 	$(BIN)/python -m perceptio.hub.train_tiny $(FROZEN) --minutes $(MINUTES)

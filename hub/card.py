@@ -306,7 +306,7 @@ def _comparison(found: dict[str, dict], files: dict[str, str], name: str) -> Ite
         if not row.endswith(OF_DEPTH)
     ]
     head = ["figure", *(SPANS[codes] for codes in found)]
-    yield _title(first) + ", whose depth codes are in the span"
+    yield _title(first) + ", with other depth codes"
     yield (
         "An answer that rests on the depth codes is worse with random ones, one and the same, and those of another "
         "picture, and better with those of the true depth. Each column is a run of "

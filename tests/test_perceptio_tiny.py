@@ -11,9 +11,11 @@ from PIL import Image
 from warm import run
 
 import perceptio
+from perceptio.evaluation import CODES
 from perceptio.evaluation.benchmark import Figure, open_benchmark
 from perceptio.evaluation.predict import Predictor
 from perceptio.evaluation.run import Settings, run_benchmark
+from perceptio.hub.card import EVALUATION, read_evaluations
 from perceptio.hub.manifest import scan_pickles, verify_manifest
 from perceptio.world.records import scene_records
 
@@ -66,6 +68,21 @@ def test_the_card_is_that_of_the_figures(figures):
     rows = re.findall(r"^\| (.*) \|$", (FOLDER / "README.md").read_text("utf-8"), flags=re.MULTILINE)
     for figure in figures.values():
         assert " | ".join(figure.cells()) in rows
+
+
+def test_the_card_compares_what_was_measured_with_other_codes():
+    """As `bench/ablations.py` found it on the same weights."""
+    written = json.loads((FOLDER.parent.parent / "bench/results/ablations.json").read_text("utf-8"))["codes"]["with"]
+    found = {r["settings"]["depth_codes"]: r for n, r in read_evaluations(FOLDER).items() if n != EVALUATION}
+    assert list(written) == list(CODES) and set(found) == set(CODES)
+    rows = re.findall(r"^\| (.*) \|$", (FOLDER / "README.md").read_text("utf-8"), flags=re.MULTILINE)
+    for split in SPLITS[1:5]:
+        name = f"{split}: closest point"
+        measured = [next(f for f in found[codes]["figures"] if f["name"] == name) for codes in CODES]
+        assert [figure["value"] for figure in measured] == [
+            written[codes][split]["closest point"]["value"] for codes in CODES
+        ]
+        assert " | ".join([name, *(Figure(**figure).cells()[1] for figure in measured)]) in rows
 
 
 def test_new_scenes_are_seen_as_well_as_its_card_says(see, tmp_path, figures):

@@ -129,7 +129,7 @@ def test_figures_that_were_measured_on_it_come_in_afterwards(run, released, tmp_
         names = {"evaluation.json", "evaluation/world-test-lure.json", "evaluation/world-test-lure-random-codes.json"}
         assert set(read_evaluations(folder)) == names
         card = (folder / "README.md").read_text("utf-8")
-        assert "### world, test, lure, whose depth codes are in the span" in card and "### world, all" in card
+        assert "### world, test, lure, with other depth codes" in card and "### world, all" in card
     assert main([str(folder.parent), "--results", *files]) == 2
     assert "was measured on the model" in capsys.readouterr().err
 
