@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoProcessor, Trainer
+from transformers.integrations import get_available_reporting_integrations
 
 from perceptio.extras import extra
 
@@ -63,6 +64,7 @@ from perceptio.training.skipped import note_skipped
 
 logger = logging.getLogger(__name__)
 SEED_STEP = 1_000_003
+TRACKERS = ("tensorboard", "trackio", "wandb")  # packages of the same names
 
 
 @dataclass
@@ -474,12 +476,22 @@ def parse(arguments: list[str] | None = None) -> tuple[RunArguments, PerceptioSF
     return TrlParser((RunArguments, PerceptioSFTConfig)).parse_args_and_config(arguments)
 
 
+def check_trackers(names: list[str]) -> None:
+    """Raise for one that is not installed before anything is loaded, and in words."""
+    found = get_available_reporting_integrations()
+    if missing := next((name for name in names if name in TRACKERS and name not in found), None):
+        raise ImportError(
+            f"`report_to` is {missing!r}, which is not installed: pip install {missing}, or pass --report_to none"
+        )
+
+
 def open_run(run: RunArguments, config: PerceptioSFTConfig, stack: ExitStack) -> PerceptioSFTTrainer:
     """Everything of a run, opened; what is opened on the way is closed by `stack`."""
     if run.eval_data is None and config.eval_strategy != "no":
         raise ValueError(
             f"`eval_strategy` is {config.eval_strategy!r} and `eval_data` is missing: name what to evaluate on"
         )
+    check_trackers(config.report_to)
     data = stack.enter_context(closing(RunData(run.data, run.split)))
     epochs, per_step = config.num_train_epochs, config.train_batch_size * config.gradient_accumulation_steps
     limit = config.max_steps * per_step * config.world_size if config.max_steps > 0 else run.samples

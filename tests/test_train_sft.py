@@ -194,7 +194,8 @@ def test_the_file_and_the_command_line(tmp_path):
     assert (config.learning_rate, config.seg_bce_weight, config.lora_r) == (2e-5, 3.0, 128)
 
 
-def test_wrong_input_is_one_line(tiny_folder, tmp_path, capsys):
+def test_wrong_input_is_one_line(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("perceptio.train_sft.get_available_reporting_integrations", lambda: ["tensorboard"])
     photos = tmp_path / "photos"
     photos.mkdir()
     base = ["--model", str(tiny_folder()), "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
@@ -203,6 +204,7 @@ def test_wrong_input_is_one_line(tiny_folder, tmp_path, capsys):
         ([*base, "--data", str(photos)], "no rows"),
         ([*base, "--data", str(photos), "--lora_r", "0"], "lora_r"),
         ([*base, "--data", str(photos), "--eval_strategy", "steps"], "eval_data"),
+        ([*base, "--data", str(photos), "--report_to", "trackio"], "pip install trackio, or pass --report_to none"),
     ):
         assert main(arguments) == 2
         lines = capsys.readouterr().err.strip().splitlines()
