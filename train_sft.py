@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoProcessor, Trainer
-from transformers.integrations import get_available_reporting_integrations
 
 from perceptio.extras import extra
 
@@ -38,7 +37,7 @@ from perceptio.training.checkpoints import EXIT_CODES, SafeCheckpoints, checkpoi
 from perceptio.training.collator import PerceptioCollator
 from perceptio.training.data import RunData, as_records, check_lengths
 from perceptio.training.features import FeatureCache, open_cache
-from perceptio.training.guard import GuardedSteps, NoMemory
+from perceptio.training.guard import GuardedSteps, NoMemory, check_trackers
 from perceptio.training.models import (
     cast_trained,
     depth_tokenizer,
@@ -64,7 +63,6 @@ from perceptio.training.skipped import note_skipped
 
 logger = logging.getLogger(__name__)
 SEED_STEP = 1_000_003
-TRACKERS = ("tensorboard", "trackio", "wandb")  # packages of the same names
 
 
 @dataclass
@@ -474,15 +472,6 @@ class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTraine
 
 def parse(arguments: list[str] | None = None) -> tuple[RunArguments, PerceptioSFTConfig]:
     return TrlParser((RunArguments, PerceptioSFTConfig)).parse_args_and_config(arguments)
-
-
-def check_trackers(names: list[str]) -> None:
-    """Raise for one that is not installed before anything is loaded, and in words."""
-    found = get_available_reporting_integrations()
-    if missing := next((name for name in names if name in TRACKERS and name not in found), None):
-        raise ImportError(
-            f"`report_to` is {missing!r}, which is not installed: pip install {missing}, or pass --report_to none"
-        )
 
 
 def open_run(run: RunArguments, config: PerceptioSFTConfig, stack: ExitStack) -> PerceptioSFTTrainer:

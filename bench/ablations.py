@@ -105,8 +105,7 @@ def replace_codes(model: Path, data: str, out: Path, results: dict) -> None:
     results["codes"] = {"model": model.name, "weights": weights, "with": {}}
     for codes in CODES:
         folder = out / "codes" / codes
-        found = ask(model, data, ",".join(CLOSEST), None, folder, "--depth-codes", codes)
-        results["codes"]["with"][codes] = found
+        results["codes"]["with"][codes] = ask(model, data, ",".join(CLOSEST), None, folder, "--depth-codes", codes)
         write_json(RESULTS, results)
 
 

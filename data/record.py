@@ -92,6 +92,11 @@ class DataError(ValueError):
         return type(self), (self.problems or str(self),)
 
 
+def as_sentence(words: str) -> str:
+    """Words that name something, as a whole answer."""
+    return f"{words[0].upper()}{words[1:]}."
+
+
 def user(text: str) -> dict:
     return {"role": "user", "content": text, "perception": None}
 

@@ -15,7 +15,7 @@ from ..cli import refuse
 from ..data.manifest import write_json
 from ..processing_perceptio import IMAGENET_MEAN, IMAGENET_STD
 from ..training.checkpoints import EXIT_CODES, SafeCheckpoints, checkpoints
-from ..training.guard import GuardedSteps, NoMemory
+from ..training.guard import GuardedSteps, NoMemory, check_trackers
 from ..training.muon import MuonTraining
 from ..world.instances import InstanceSet, write_instances
 
@@ -87,6 +87,7 @@ def main_of(kind: type[SceneArguments], train: Callable[[SceneArguments], int], 
     """The exit code of `train` with the arguments of a command line."""
     try:
         (args,) = TrlParser((kind,)).parse_args_and_config(arguments)
+        check_trackers(args.report_to)
         return train(args)
     except (ValueError, OSError, ImportError, FloatingPointError, NoMemory) as error:
         return refuse(error)

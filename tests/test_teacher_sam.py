@@ -159,3 +159,10 @@ def test_a_short_training_learns_and_leaves_a_model(convolutions, tmp_path, caps
     for field, value, told in wrong:
         assert main([*words, f"--{field}", value]) == 2
         assert f"`{field}` is {told}" in capsys.readouterr().err
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_a_scene_is_rendered(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("perceptio.training.guard.get_available_reporting_integrations", lambda: [])
+    assert main(["--output_dir", str(tmp_path / "out"), "--report_to", "trackio"]) == 2
+    assert "pip install trackio, or pass --report_to none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

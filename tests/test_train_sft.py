@@ -195,7 +195,7 @@ def test_the_file_and_the_command_line(tmp_path):
 
 
 def test_wrong_input_is_one_line(tiny_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("perceptio.train_sft.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("perceptio.training.guard.get_available_reporting_integrations", lambda: ["tensorboard"])
     photos = tmp_path / "photos"
     photos.mkdir()
     base = ["--model", str(tiny_folder()), "--output_dir", str(tmp_path / "out"), "--report_to", "none"]

@@ -13,18 +13,28 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 logger = logging.getLogger(__name__)
 
 BAD_STEPS = "bad_steps.jsonl"
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # of DDP, of compiling and of PEFT
 TRACKERS = tuple(INTEGRATION_TO_CALLBACK.values())
+TRACKER_PACKAGES = ("tensorboard", "trackio", "wandb")  # called as in `report_to`
 NO_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class NoMemory(RuntimeError):
     """A step did not fit into the device's memory."""
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise for one that is not installed before anything is loaded, and in words."""
+    found = get_available_reporting_integrations()
+    if missing := next((name for name in names if name in TRACKER_PACKAGES and name not in found), None):
+        raise ImportError(
+            f"`report_to` is {missing!r}, which is not installed: pip install {missing}, or pass --report_to none"
+        )
 
 
 class GuardedSteps:

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from ..data.depths import encode_depth, nearness
+from ..data.record import as_sentence
 from . import phrases
 from .marks import LETTERS, NEAR, PAIR, QUESTION, choose_points, discs, draw_points, drawn_larger
 from .phrases import APART, by_attributes, by_neighbour, by_place, in_front, may_fit, plural, same_kind, with_article
@@ -227,7 +228,7 @@ class Asker:
         return Question(
             "closer",
             self._one(CLOSER).format(words, others),
-            f"{nearer[0].upper()}{nearer[1:]}.",
+            as_sentence(nearer),
             self._union([view, other]),
             self._compared(pair),
         )
@@ -241,7 +242,7 @@ class Asker:
         return Question(
             "nearest",
             f"Which of these is closest to the camera: {first}, {second} or {third}?",
-            f"{nearest[0].upper()}{nearest[1:]}.",
+            as_sentence(nearest),
             self._union([view for view, _ in named]),
             self._compared(named),
         )

@@ -29,14 +29,13 @@ from ..depths import DepthError, decode_depth, nearness
 from ..label import encode_codes, load_vqvae
 from ..masks import encode_mask
 from ..pick import write_data_set
-from ..record import GIVEN, OPENING, assistant, upright_size, user
+from ..record import GIVEN, OPENING, as_sentence, assistant, upright_size, user
 from ..shards import read_shards
 from ..tally import Tally
 
 CLEAR = 0.08  # of relative inverse depth between the point that is asked for and the next; half of it in an order
 DECODED = 64  # spans at a time
 MAPS = 64  # of the records before, to choose from
-SETTINGS = ("tokenizer", "split", "each", "about")
 UNNAMED = {"farthest": FARTHEST, "order": ORDER}  # kind → question about all points, asked after the first
 
 
@@ -135,14 +134,15 @@ def _one_by_one(record: dict) -> list[tuple[dict, str, dict]]:
 
 def first_answers(record: dict, maps: list[Tensor], time: int = 0) -> list[str | None]:
     """What each map answers to the question for the closest; None where it does not tell."""
-    question, size = deciding(turns(record, time)), upright_size(record["image"]["bytes"])
-    return [told(question, nearness_at(candidates(question), depth, size)) for depth in maps]
+    question, size = deciding(record, time), upright_size(record["image"]["bytes"])
+    places = candidates(question)
+    return [told(question, nearness_at(places, depth, size)) for depth in maps]
 
 
 def choose_map(record: dict, answers: list[str | None], rank: int, time: int = 0) -> int | None:
     """Which answer names what has its turn to be the nearest, counted from the lowest in the picture; another one
     where none does, None where none tells."""
-    places = candidates(deciding(turns(record, time)))
+    places = candidates(deciding(record, time))
     from_below = sorted(places, key=lambda answer: -places[answer][1])
     for turn in range(len(from_below)):
         wanted = from_below[(rank + turn) % len(from_below)]
@@ -151,9 +151,10 @@ def choose_map(record: dict, answers: list[str | None], rank: int, time: int = 0
     return None
 
 
-def deciding(asked: list[tuple[dict, str, dict | None]]) -> dict:
-    """The first question that names what is the nearest: a map is chosen by its answer."""
-    return next(question for question, *_ in asked if candidates(question))
+def deciding(record: dict, time: int = 0) -> dict:
+    """The first question of that time that names what is the nearest: a map is chosen by its answer."""
+    naming = [question for question in _asked(record) if candidates(question)]
+    return naming[time % len(naming)]
 
 
 def candidates(question: dict) -> dict[str, list[int]]:
@@ -161,7 +162,7 @@ def candidates(question: dict) -> dict[str, list[int]]:
     if question["kind"] == "points":
         return {f"({letter})": place for letter, place in question["points"].items()}
     named = zip(question.get("names", ()), question.get("places", ()), strict=True)
-    return {f"{name[0].upper()}{name[1:]}.": place for name, place in named}
+    return {as_sentence(name): place for name, place in named}
 
 
 def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str, time: int = 0) -> dict | None:
@@ -170,13 +171,12 @@ def give_span(record: dict, codes: list[int], depth: Tensor, codebook: str, time
 
     time: at every second, how near each point is comes first, when no answer before tells of it.
     """
-    asked, size, points = turns(record, time), upright_size(record["image"]["bytes"]), marked_points(record)
-    letters = {} if points is None else {f"({letter})": place for letter, place in points.items()}
+    size, first = upright_size(record["image"]["bytes"]), deciding(record, time)
     answered = [
-        (question, text, told(question, nearness_at(candidates(question) or letters, depth, size)), mask)
-        for question, text, mask in asked
+        (question, text, told(question, nearness_at(candidates(question) or candidates(first), depth, size)), mask)
+        for question, text, mask in turns(record, time)
     ]
-    if next(answer for question, _, answer, _ in answered if question is deciding(asked)) is None:
+    if next(answer for question, _, answer, _ in answered if question == first) is None:
         return None
     kept = [turn for turn in answered if turn[2] is not None]
     messages = []
@@ -222,8 +222,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--about", choices=ABOUT, default="points", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    tally, settings = Tally("counterfactual"), {key: getattr(options, key) for key in SETTINGS}
-    found = read_counterfactual(options.scenes, tally=tally, **settings)
+    tally = Tally("counterfactual")
+    found = read_counterfactual(
+        options.scenes, tally=tally, tokenizer=options.tokenizer, split=options.split, each=options.each,
+        about=options.about,
+    )  # fmt: skip
     return write_data_set(found, options.out, options.split, tally)
 
 
