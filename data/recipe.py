@@ -5,7 +5,7 @@
     sources:
       - name: refcoco             # one of its own; the reader's when it is left out
         reader: refer             # a name of `data.sources.READERS`, or "shards": Parquet files written before
-        path: refcoco             # of shards also a URL
+        path: refcoco             # of shards also a URL, or several folders at once: parts/*/scenes
         split: train
         repeats: 4                # or `weight`, and then for every source, with `rows_per_epoch` for all
         take: 1000                # only the first
@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
+from glob import glob
 from itertools import islice
 from pathlib import Path
 
@@ -234,12 +235,15 @@ def open_recipe(recipe: Recipe, cache: str | Path | None = None, tallies: dict |
 
 def _open_source(recipe: Recipe, source: Source, file: Path, tallies: dict | None) -> RecordTable:
     path = source.path if "://" in source.path else Path(recipe.root) / source.path
+    paths = [path]
     if isinstance(path, Path) and not path.exists():
+        paths = sorted(glob(str(path))) if source.reader == SHARDS else []
+    if not paths:
         raise DataError(
             Problem(str(path), None, source.name, "no such path", "the source's files", "fetch it, or fix `root`")
         )
     if source.reader == SHARDS:
-        return RecordTable(find_groups([str(path)], source.split or "train", None), source.take)
+        return RecordTable(find_groups([str(path) for path in paths], source.split or "train", None), source.take)
     tally = Tally(source.name)
     if tallies is not None:
         tallies[source.name] = tally

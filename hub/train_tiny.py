@@ -4,6 +4,7 @@
     python -m perceptio.hub.train_tiny --minutes 9        # stop in time; run again to go on
     python -m perceptio.hub.train_tiny --frozen           # with the trained teachers of checkpoints/
     python -m perceptio.hub.train_tiny --start DIR        # go on with a perceptio-tiny that was trained before
+    python -m perceptio.hub.train_tiny --start DIR -- --samples 40000 --learning_rate 1e-3    # of train_sft.py
 
 Every stage is a command of its own, printed as it is run; one that is done is not run again, one that was stopped goes
 on from its newest checkpoint.  Exit codes: 0 done, 75 stopped with more to do, else that of the stage that failed.
@@ -15,23 +16,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.manifest import read_manifest
+from .tiny_data import PARTS, missing_parts
 
 OUT = Path("build/tiny")
-SCENES, SEED = 16_000, 1  # none of those that the teachers have seen
-LOOKS, LOOKS_SEED = 5_000, 2  # scenes with questions about what things look like alone
-LOOKS_KINDS = "colour=4,pattern=2,exists=3,absent=2,refer=1,count=1,closer=1"
-RELATIONS, RELATIONS_SEED = 6_000, 3  # and with questions about where things are to each other
-RELATIONS_KINDS = "side=4,closer=6,nearest=2,count=1,colour=1,refer=1"
 HELD_OUT = {"test": 100, "points3": 150, "points4": 150, "points5": 150, "lure": 150, "refer": 150, "absent": 150}
 MORE_TO_DO = 75
 # glibc gives large blocks back to the system at once, and takes them again page by page in every step.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 STEP, CACHED = 16, 4  # records of a step, as the recipe has it, and of a part of one that a core keeps in its cache
+LARGE_STEP, SPARE = 160, 4  # on an accelerator, which so small a model leaves idle; cores that load no records then
 TEACHER_PARTS = 4  # of a step of the teachers, as their recipes have them
 PATIENCE = 100  # seconds for a stage to write down where it is
 
@@ -43,27 +41,20 @@ class Stage:
     done: Callable[[], bool]
 
 
-def stages(python: str = sys.executable, frozen: bool = False, start: Path | None = None) -> list[Stage]:
+def stages(
+    python: str = sys.executable, frozen: bool = False, start: Path | None = None, more: Sequence[str] = ()
+) -> list[Stage]:
     """frozen: the teachers are those of `checkpoints/`, and are not trained.  start: a Perceptio to fine-tune in place
-    of a new one, which brings its own."""
+    of a new one, which brings its own.  more: arguments of `train_sft.py`, before those of the recipe."""
 
     def stage(name: str, file: Path, *words) -> Stage:
         """One that leaves a file behind."""
         return Stage(name, (python, *map(str, words)), file.is_file)
 
-    def scenes(folder: Path, split: str, count: int, *words) -> Stage:
-        build = ("-m", "perceptio", "world", "build", folder, "--split", split, "--scenes", count, *words)
+    def scenes(split: str, count: int) -> Stage:
+        folder = OUT / "held-out"
+        build = ("-m", "perceptio", "world", "build", folder, "--split", split, "--scenes", count)
         return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
-
-    def labelled(folder: Path, rendered: Path) -> Stage:
-        """Those scenes with their depth codes."""
-        return stage(f"codes: {folder.name}", folder / "manifest.json",
-                     "-m", "perceptio", "label", "--images", rendered, "--out", folder, "--vqvae", depth,
-                     "--teacher", "none", "--workers", os.cpu_count() or 1)  # fmt: skip
-
-    def given(about: str, folder: Path, out: Path) -> Stage:
-        return stage(f"given spans: {about}", out / "manifest.json", "-m", "perceptio.data.sources.counterfactual",
-                     folder, out, "--about", about, "--tokenizer", depth, "--each", 2)  # fmt: skip
 
     recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
     base, sam, vision, first = (OUT / name for name in ("base", "sam/model", "vision-large/model", "vision/model"))
@@ -79,22 +70,11 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
     before, model = ([*teachers, build], ()) if start is None else ([], ("--model", start))
     return [
         *before,
-        scenes(OUT / "rendered", "train", SCENES, "--seed", SEED, "--turns", 4, "--points", 1,
-               "--point-turns", 5),
-        labelled(OUT / "scenes", OUT / "rendered"),
-        scenes(OUT / "rendered-looks", "train", LOOKS, "--seed", LOOKS_SEED, "--turns", 5, "--points", 0,
-               "--kinds", LOOKS_KINDS, "--repeated", "colour,pattern,exists,absent"),
-        labelled(OUT / "looks", OUT / "rendered-looks"),
-        scenes(OUT / "rendered-relations", "train", RELATIONS, "--seed", RELATIONS_SEED, "--turns", 6, "--points", 0,
-               "--kinds", RELATIONS_KINDS, "--repeated", "side,closer,nearest,refer"),
-        labelled(OUT / "relations", OUT / "rendered-relations"),
-        stage("things", OUT / "things/manifest.json",
-              "-m", "perceptio.data.pick", OUT / "scenes", OUT / "things", "--without", "[-]points$"),
-        given("points", OUT / "scenes", OUT / "given"),
-        given("things", OUT / "relations", OUT / "given-things"),
-        *(scenes(OUT / "held-out", split, count) for split, count in HELD_OUT.items()),
+        Stage("scenes to learn from", (python, "-m", "perceptio.hub.tiny_data", str(OUT / "parts")),
+              lambda: not missing_parts(OUT / "parts", PARTS)),
+        *(scenes(split, count) for split, count in HELD_OUT.items()),
         stage("fine-tuning", OUT / "run/model/manifest.json",
-              *fine_tuning(), "--config", recipes / "perceptio-tiny.yaml", "--resume", *model),
+              *fine_tuning(), "--config", recipes / "perceptio-tiny.yaml", "--resume", *model, *more),
         stage("figures", OUT / "eval/results.json",
               "-m", "perceptio", "eval", "world", "--model", OUT / "run/model", "--data", OUT / "held-out",
               "--out", OUT / "eval", "--batch-size", 32),
@@ -102,10 +82,12 @@ def stages(python: str = sys.executable, frozen: bool = False, start: Path | Non
 
 
 def fine_tuning() -> tuple:
-    """The script; on a CPU in as many processes as are worth it, each with few records at a time and fused layers."""
+    """The script; on a CPU in as many processes as are worth it, each with few records at a time and fused layers; on
+    an accelerator in larger steps, fewer of them, for which the other cores load."""
     shared = shared_out(STEP // CACHED)
     if not shared:
-        return ("train_sft.py",)
+        loading = max(1, (os.cpu_count() or 1) - SPARE)
+        return ("train_sft.py", "--per_device_train_batch_size", LARGE_STEP, "--dataloader_num_workers", loading)
     launch, step = shared
     return (*launch, "train_sft.py", "--per_device_train_batch_size", CACHED, *step, "--compiled", "true",
             "--pad_to_multiple_of", 32, "--dataloader_num_workers", 0)  # fmt: skip
@@ -161,9 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--start", type=Path, metavar="DIR", help="a perceptio-tiny that was trained before, to go on with"
     )
+    parser.add_argument("more", nargs="*", metavar="OPTION", help="behind --: of train_sft.py, for the fine-tuning")
     options = parser.parse_args(arguments)
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes - PATIENCE / 2
-    for stage in stages(frozen=options.frozen, start=options.start):
+    for stage in stages(frozen=options.frozen, start=options.start, more=options.more):
         if stage.done():
             continue
         left = None if end is None else end - time.monotonic()

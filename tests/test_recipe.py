@@ -303,6 +303,17 @@ def test_shards_and_published_files_are_mixed(data):
     assert "chat" in describe(recipe) and "50.0%" in describe(recipe)
 
 
+def test_one_source_may_be_many_folders(data):
+    write_shards((record(n, "more") for n in range(5)), data / "joint-2")
+    recipe = parse_recipe({"root": str(data), "sources": [{"reader": "shards", "path": "joint*"}]})
+    found = Counter(one["id"].split("/")[0] for one in mix(recipe))
+    alone = parse_recipe({"root": str(data), "sources": [{"reader": "shards", "path": "joint"}]})
+    assert found == {"joint": len(list(mix(alone))), "more": 5}
+    absent = parse_recipe({"root": str(data), "sources": [{"reader": "shards", "path": "part-*"}]})
+    with pytest.raises(DataError, match=r"part-\*, field `shards`: no such path"):
+        list(mix(absent))
+
+
 def test_what_a_reader_drops_is_told(data):
     tallies = {}
     with open_recipe(read_recipe(data / "recipe.yaml"), tallies=tallies) as opened:

@@ -10,6 +10,7 @@ from trl import TrlParser
 from perceptio.cli import build_parser
 from perceptio.data.recipe import read_recipe
 from perceptio.hub import train_tiny
+from perceptio.hub.tiny_data import GIVEN, KINDS, PARTS, part_folder
 from perceptio.hub.train_tiny import MORE_TO_DO, Stage, main, stages
 from perceptio.teachers.sam import SamTrainingConfig
 from perceptio.teachers.vision import VisionTrainingConfig
@@ -81,8 +82,9 @@ def test_every_stage_is_a_command_that_there_is(request, monkeypatch):
     tuned = yaml.safe_load((root / "recipes" / "perceptio-tiny.yaml").read_text())
     recipe = read_recipe(root / tuned["data"])
     assert tuned["model"] == str(train_tiny.OUT / "base") and tuned["output_dir"] == str(train_tiny.OUT / "run")
-    written = {word for entry in stages() for word in entry.words}
-    assert {str(Path(recipe.root) / source.path) for source in recipe.sources} <= written
+    learned = next(entry for entry in stages() if entry.name == "scenes to learn from")
+    made = {Path(learned.words[-1]) / "*" / kind for kind in (*KINDS, "things", *GIVEN)}
+    assert {Path(recipe.root) / source.path for source in recipe.sources} == made
 
 
 def test_one_that_was_trained_before_is_gone_on_with(request, monkeypatch):
@@ -93,6 +95,8 @@ def test_one_that_was_trained_before_is_gone_on_with(request, monkeypatch):
     assert names == [entry.name for entry in whole][4:] and "base" not in names
     run, _ = parse(list(tuned.words[tuned.words.index("train_sft.py") + 1 :]))
     assert run.model == "checkpoints/some" and run.resume
+    more = next(entry for entry in stages(more=["--samples", "32"]) if entry.name == "fine-tuning")
+    assert parse(list(more.words[more.words.index("train_sft.py") + 1 :]))[0].samples == 32 != run.samples
     assert [entry.words for entry in shorter if entry is not tuned] == [
         entry.words for entry in whole[4:] if entry.name != "fine-tuning"
     ]
@@ -114,6 +118,29 @@ def test_a_step_is_the_recipes_on_any_number_of_cores(cores, request, monkeypatc
         assert many * each == recipe["gradient_accumulation_steps"] and many <= cores
     _, config = parse([*words[words.index("train_sft.py") + 1 :], "--model", "m", "--data", "d", "--full", "true"])
     assert config.compiled and config.pad_to_multiple_of == 32
+
+
+def test_an_accelerator_takes_large_steps_of_records_that_other_cores_load(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    words = [str(word) for word in train_tiny.fine_tuning()]
+    _, config = parse([*words[1:], "--model", "m", "--data", "d", "--full", "true", "--use_cpu", "true"])
+    assert config.per_device_train_batch_size > 16 and config.dataloader_num_workers == 12
+
+
+def test_scenes_are_there_when_all_parts_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny, "OUT", tmp_path)
+    learned = next(entry for entry in stages() if entry.name == "scenes to learn from")
+    for number in reversed(range(PARTS)):
+        assert not learned.done()
+        part_folder(tmp_path / "parts", number).mkdir(parents=True)
+    assert learned.done()
+
+
+def test_options_of_the_fine_tuning_are_handed_on(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train_tiny, "stages", lambda **options: seen.update(options) or [])
+    assert main(["--frozen", "--", "--samples", "32"]) == 0 and seen["more"] == ["--samples", "32"] and seen["frozen"]
 
 
 def reads(entry: Stage) -> list[Path]:
