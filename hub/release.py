@@ -1,6 +1,7 @@
 """Freeze perceptio-tiny: the folder that comes with the package, in half precision and small shards.
 
     python -m perceptio.hub.release build/tiny checkpoints/perceptio-tiny
+    python -m perceptio.hub.release build/tiny checkpoints/perceptio-tiny --start checkpoints/perceptio-tiny
     python -m perceptio.hub.release --code checkpoints/perceptio-tiny       # after a change of the code beside it
     python -m perceptio.hub.release checkpoints/perceptio-tiny --results build/ablations/codes/*/results.json
 
@@ -41,10 +42,17 @@ CURVES = {"code_accuracy": "depth codes", "answer_accuracy": "whole answers", "m
 COLOURS = ("#e63c00", "#009ee1", "#00af82")
 
 
-def release(run: Path, folder: Path, recipe: Path) -> Path:
-    """Write the folder from that of `perceptio.hub.train_tiny`; one that is there is replaced at the end."""
+def release(run: Path, folder: Path, recipe: Path, start: Path | None = None) -> Path:
+    """Write the folder from that of `perceptio.hub.train_tiny`; one that is there is replaced at the end.
+
+    start: the perceptio-tiny that the run went on from, whose log comes before its own.
+    """
     source = run / "run" / "model"
     log = json.loads((checkpoints(run / "run")[-1] / STATE).read_text("utf-8"))["log_history"]
+    if start is not None:
+        before = [json.loads(line) for line in (start / LOG).read_text("utf-8").splitlines()]
+        last = max(line["step"] for line in before)
+        log = [*before, *({**line, "step": line["step"] + last} for line in log)]
     results = json.loads((run / "eval" / "results.json").read_text("utf-8"))
     facts = {key: results[key] for key in ("figures", "settings", "data", "versions") if key in results}
     facts |= {"note": MEASURED, "teachers": {name: _teacher(run, *where) for name, where in TEACHERS.items()}}
@@ -152,6 +160,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="results.json of `perceptio eval --model FOLDER`, for FOLDER's card",
     )  # fmt: skip
     parser.add_argument("--recipe", type=Path, default=Path("recipes/perceptio-tiny.yaml"))
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="the perceptio-tiny that RUN went on from (`train_tiny --start`)"
+    )
     options = parser.parse_args(arguments)
     if (options.code or bool(options.results)) == (options.run is not None):
         parser.error("name the run and the folder, or the folder and --code or --results")
@@ -162,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
             return refuse(error)
         return 0
     try:
-        release(options.run, options.folder, options.recipe)
+        release(options.run, options.folder, options.recipe, options.start)
     except (ValueError, OSError, KeyError, IndexError) as error:
         return refuse(ValueError(f"{options.run} does not hold a finished run: {error}"))
     print(f"wrote {options.folder}: {sum(file.stat().st_size for file in options.folder.rglob('*')) / 2**20:.1f} MiB")

@@ -134,6 +134,17 @@ def test_figures_that_were_measured_on_it_come_in_afterwards(run, released, tmp_
     assert "was measured on the model" in capsys.readouterr().err
 
 
+def test_the_log_goes_on_from_that_of_what_it_was_started_from(run, released, tmp_path):
+    folder = tmp_path / "perceptio-tiny"
+    assert main([str(run), str(folder), "--start", str(released)]) == 0
+    before, after = (
+        [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in (released, folder)
+    )
+    assert after[:3] == before and [line["step"] for line in after] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in after] == 2 * [line["loss"] for line in before]
+    assert "6 steps;" in (folder / "README.md").read_text("utf-8")
+
+
 def test_it_can_be_pushed_as_it_is(released, tmp_path):
     """Its licence is in its card, which then speaks of the Hub's id; the figures stay."""
     (tmp_path / "out").mkdir()
