@@ -27,7 +27,7 @@ from ..data.sources.counterfactual import read_counterfactual
 from ..data.tally import Tally
 from ..world.records import WorldOptions, scene_records
 
-PARTS = 40
+PARTS = 80  # so that a run of `recipes/perceptio-tiny.yaml` sees hardly a scene twice; about 7 GB
 SEED = 1000  # of the first part's scenes, and how far those of the next kind are off; the teachers have seen none
 DEPTH = "checkpoints/depth-tiny"
 LABELLED = 64  # records at a time
