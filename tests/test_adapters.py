@@ -459,7 +459,7 @@ def test_each_trained_part_comes_back(untied, tmp_path, part):
     before = seen_by(model)
     assert perturb(model, PARTS[part]) > 0
     after = seen_by(model)
-    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert any(not torch.allclose(before[key], after[key], rtol=1e-3) for key in before)
     save_adapter_folder(model, PerceptioProcessor.from_pretrained(untied), tmp_path / "adapter", untied)
     expected = dict(model.get_base_model().named_parameters())
     for again in (PeftModel.from_pretrained(load(untied), tmp_path / "adapter"), load(tmp_path / "adapter")):
@@ -467,7 +467,8 @@ def test_each_trained_part_comes_back(untied, tmp_path, part):
         found = dict(inner.named_parameters())
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert all(torch.equal(value, after[key]) for key, value in seen_by(again.eval()).items())
+        # The same weights at other places in memory: some processors then add in another order.
+        torch.testing.assert_close(seen_by(again.eval()), after, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("tied", [True, False])
