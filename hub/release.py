@@ -133,7 +133,8 @@ def card_facts(name: str) -> dict:
         f"never seen a photograph, and knows {len(NOUNS)} kinds of things.",
         "data": "Rendered scenes with exact depth, masks and answers (`perceptio world build`); the split that it is "
         "measured on has other scenes. Vision tower, SAM2's image encoder and depth tokenizer were trained first, on "
-        f"scenes of the same kind; `train_sft.py` with [{RECIPE}]({RECIPE}) trained the rest.",
+        f"scenes of the same kind; `train_sft.py` with [{RECIPE}]({RECIPE}) trained the rest, and the vision tower "
+        "further.",
         "made_by": "python -m perceptio.hub.train_tiny",
         "limits": [
             "Its answers are about rendered things, and wrong about much that is not.",
