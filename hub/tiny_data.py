@@ -2,7 +2,7 @@
 that are given.
 
     python -m perceptio.hub.tiny_data build/tiny/parts
-    python -m perceptio.hub.tiny_data build/tiny/parts --parts 80     # more; what is there is not made again
+    python -m perceptio.hub.tiny_data build/tiny/parts --parts 160    # more; what is there is not made again
 
 A part is a folder with one data set of each kind.  A recipe names those of all parts as `parts/*/scenes`.
 """
