@@ -46,11 +46,15 @@ def run_local(tasks: list, function: Callable, workers: int) -> Iterator[tuple]:
 def _start_worker(function: Callable) -> None:
     global _worker
     _worker = function
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _die_with_parent() -> None:
-    """The workers of a killed job would wait for ever for its next word."""
+def end_with_parent() -> None:
+    """In a worker: the workers of a killed job would else wait for ever for its next word."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -21,8 +21,10 @@ import torch
 from tqdm import tqdm
 
 from ..cli import refuse
+from ..data.engines import end_with_parent
 from ..data.label import PROBLEM, Labeller
-from ..data.shards import read_shards, write_shards
+from ..data.pick import pick
+from ..data.shards import write_shards
 from ..data.sources.counterfactual import read_counterfactual
 from ..data.tally import Tally
 from ..world.records import WorldOptions, scene_records
@@ -57,7 +59,7 @@ def make_parts(folder: Path, count: int, workers: int | None = None, depth: str 
         return
     folder.mkdir(parents=True, exist_ok=True)
     workers = min(workers or os.cpu_count() or 1, len(waiting))
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
         jobs = [pool.submit(make_part, folder, number, depth, kinds) for number in waiting]
         try:
             for job in tqdm(as_completed(jobs), "parts", len(jobs), unit=" parts", disable=None):
@@ -76,8 +78,8 @@ def make_part(folder: Path, number: int, depth: str = DEPTH, kinds: dict = KINDS
         seed = SEED * (place + 1) + number
         records = [record for index in range(count) for record in scene_records(index, seed, "train", options)]
         write_shards(_labelled(records, label), half / kind)
-    without_points = (record for record in read_shards(half / "scenes") if not record["id"].endswith("-points"))
-    write_shards(without_points, half / "things")
+    tally = Tally("things")
+    write_shards(pick(half / "scenes", tally=tally, without="-points$"), half / "things", tally=tally)
     for kind, (source, about) in GIVEN.items():
         tally = Tally(kind)
         found = read_counterfactual(half / source, tally=tally, tokenizer=depth, each=MAPS, about=about)
@@ -92,6 +94,11 @@ def part_folder(folder: Path, number: int) -> Path:
 def missing_parts(folder: Path, count: int) -> list[int]:
     """The numbers of those of the first `count` parts that are not there."""
     return [number for number in range(count) if not part_folder(folder, number).is_dir()]
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    end_with_parent()
 
 
 def _labelled(records: list[dict], label: Labeller) -> Iterator[dict]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.manifest import read_manifest
-from .tiny_data import PARTS, missing_parts
+from .tiny_data import DEPTH, PARTS, missing_parts
 
 OUT = Path("build/tiny")
 HELD_OUT = {"test": 100, "points3": 150, "points4": 150, "points5": 150, "lure": 150, "refer": 150, "absent": 150}
@@ -56,7 +56,7 @@ def stages(
         build = ("-m", "perceptio", "world", "build", folder, "--split", split, "--scenes", count)
         return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
 
-    recipes, depth = Path("recipes"), "checkpoints/depth-tiny"
+    recipes = Path("recipes")
     base, sam, vision, first = (OUT / name for name in ("base", "sam/model", "vision-large/model", "vision/model"))
     teachers = [
         stage("vision tower", first / "evaluation.json", *teacher("vision")),
@@ -66,7 +66,7 @@ def stages(
     if frozen:
         teachers, sam, vision = [], Path("checkpoints/sam-tiny"), Path("checkpoints/vision-tiny")
     build = stage("base", base / "manifest.json",
-                  "-m", "perceptio.hub.small", base, "--sam", sam, "--vision", vision, "--depth", depth)  # fmt: skip
+                  "-m", "perceptio.hub.small", base, "--sam", sam, "--vision", vision, "--depth", DEPTH)  # fmt: skip
     before, model = ([*teachers, build], ()) if start is None else ([], ("--model", start))
     return [
         *before,

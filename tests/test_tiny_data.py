@@ -1,25 +1,32 @@
 """The parts that perceptio-tiny learns from: each is made whole, by seed and number alone, by several processes."""
 
+import os
 import re
-from dataclasses import replace
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from perceptio.data.recipe import mix, parse_recipe
 from perceptio.data.record import GIVEN
 from perceptio.data.shards import read_shards
-from perceptio.hub import tiny_data
+from perceptio.hub.tiny_data import DEPTH, KINDS, main, make_part, make_parts, missing_parts
 from perceptio.hub.tiny_data import GIVEN as GIVEN_KINDS
-from perceptio.hub.tiny_data import KINDS, main, make_part, make_parts, missing_parts
 
 FEW = {kind: (count // 50, options) for kind, (count, options) in KINDS.items()}  # 8, 3 and 4 scenes
 NAMES = {*KINDS, "things", *GIVEN_KINDS}
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory, request):
+def depth(request):
+    return str(request.config.rootpath / DEPTH)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, depth):
     folder = tmp_path_factory.mktemp("tiny") / "parts"
-    depth = str(request.config.rootpath / tiny_data.DEPTH)
     make_parts(folder, 2, workers=2, depth=depth, kinds=FEW)
     return folder
 
@@ -50,23 +57,36 @@ def test_records_have_codes_and_what_is_given_is_no_own(parts):
             assert before in codes and record["depth_codes"] != codes[before]
 
 
-def test_a_part_is_the_same_whoever_makes_it(parts, tmp_path, request):
-    make_part(tmp_path, 1, str(request.config.rootpath / tiny_data.DEPTH), FEW)
+def test_a_part_is_the_same_whoever_makes_it(parts, tmp_path, depth):
+    make_part(tmp_path, 1, depth, FEW)
     for kind in NAMES:
         assert list(read_shards(tmp_path / "001" / kind)) == list(read_shards(parts / "001" / kind))
 
 
-def test_what_is_there_is_not_made_again_and_a_part_that_fails_is_not_there(parts, tmp_path, monkeypatch, request):
-    depth = str(request.config.rootpath / tiny_data.DEPTH)
+def test_what_is_there_is_not_made_again_and_a_part_that_fails_is_not_there(parts, tmp_path, depth):
     before = {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")}
     make_parts(parts, 2, depth=depth, kinds=FEW)
     assert {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")} == before
-    bad = {**FEW, "looks": (3, replace(FEW["looks"][1], repeated=("colour",))), "more": None}
     with pytest.raises(TypeError):
-        make_part(tmp_path, 0, depth, bad)
+        make_part(tmp_path, 0, depth, {**FEW, "more": None})
     assert missing_parts(tmp_path, 1) == [0] and (tmp_path / ".000.incomplete" / "looks").is_dir()
     make_part(tmp_path, 0, depth, FEW)
     assert [path.name for path in tmp_path.iterdir()] == ["000"]
+
+
+def test_no_process_stays_when_it_is_stopped(tmp_path, depth):
+    words = [sys.executable, "-m", "perceptio.hub.tiny_data", str(tmp_path), "--parts", "2", "--depth", depth]
+    started = subprocess.Popen([*words, "--workers", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 300
+    while len(list(tmp_path.glob(".*.incomplete"))) < 2:
+        assert started.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(60) == -signal.SIGTERM and missing_parts(tmp_path, 2) == [0, 1]
+    with pytest.raises(ProcessLookupError):  # of the whole group
+        while time.monotonic() < end:
+            os.killpg(started.pid, 0)
+            time.sleep(0.1)
 
 
 def test_wrong_words_are_one_line(tmp_path, capsys):
