@@ -287,7 +287,7 @@ class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTraine
         targets = dict(inputs["targets"], weights=self.args.loss_weights, encode_idle=self._encodes_idle)
         own = targets.pop("own_counts", targets["counts"])
         ids, noise = inputs["input_ids"], self.args.code_noise if mode == "train" else 0.0
-        ids = with_code_noise(ids, targets["depth_positions"], self.accelerator.unwrap_model(model).config, noise)
+        ids = with_code_noise(ids, targets["noisy_positions"], self.accelerator.unwrap_model(model).config, noise)
         output = model(**{**inputs, "input_ids": ids, "targets": targets}, use_cache=False)
         self._note(mode, output, own, targets["counts"])
         # The counts are those of every process, and the processes' gradients are averaged.

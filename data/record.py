@@ -51,6 +51,7 @@ FEATURES = Features(
 COLUMNS = tuple(FEATURES)
 OPENING = -1  # the offset of the [SEG] that opens an answer
 GIVEN = "given_span"  # true in `extra`: the depth span is read, and nothing of it is learned
+READ = "read_span"  # true in `extra`: answers are told from the depth span, so that all its codes are kept right
 ORIENTATION = 0x0112  # EXIF
 TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 

@@ -14,7 +14,7 @@ from ..processing_perceptio import (
     START_TURN_TOKEN,
     depth_code_token,
 )
-from .record import GIVEN, OPENING, DataError
+from .record import GIVEN, OPENING, READ, DataError
 
 IGNORED = -100
 
@@ -28,6 +28,7 @@ class TrainingSequence:
     with its opening, its depth span and the end of its turn.
     seg_positions: columns of the [SEG]s, in the order of the record's masks.
     depth_spans: (column of <d_start>, column of <d_end>) of each span; none where the span is given.
+    read_spans: whether its answers are read from them.
     inputs: the rest of what the processor returns (pixel_values, …).
     """
 
@@ -36,6 +37,7 @@ class TrainingSequence:
     labels: list[int]
     seg_positions: list[int]
     depth_spans: list[tuple[int, int]]
+    read_spans: bool = False
     inputs: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -99,11 +101,13 @@ def build_sequence(
             f"record {record['id']!r} has {len(record['masks'])} masks and its answers {len(seg_positions)} [SEG]s, "
             "expected one mask for each: run `perceptio data check`"
         )
-    if json.loads(record.get("extra") or "{}").get(GIVEN):
+    extra = json.loads(record.get("extra") or "{}")
+    if extra.get(GIVEN):
         for opened, closed in depth_spans:
             labels[opened : closed + 1] = [IGNORED] * (closed + 1 - opened)
         depth_spans = []
-    return TrainingSequence(text.replace(MARK, ""), ids, labels, seg_positions, depth_spans, inputs)
+    read = bool(extra.get(READ))
+    return TrainingSequence(text.replace(MARK, ""), ids, labels, seg_positions, depth_spans, read, inputs)
 
 
 def mark_targets(ids: list[int], processor) -> tuple[list[int], list[int], list[tuple[int, int]]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from learning_samples import SPAN, collator_of, inputs_of, load_tiny, some_of_each
+from learning_samples import SPAN, collator_of, inputs_of, load_tiny, record, some_of_each
 
 from perceptio.training.noise import with_code_noise
 
@@ -34,6 +34,14 @@ def test_codes_of_the_spans_alone_are_replaced_and_by_codes(tiny, batch):
     share = changed[inside].float().mean() / 200 / (1 - 1 / codes)  # a random code can be the right one
     assert share.item() == pytest.approx(0.25, abs=0.03)
     assert with_code_noise(ids, spans, config, 0.0) is ids and with_code_noise(ids, spans[:0], config, 0.5) is ids
+
+
+def test_a_span_that_answers_are_read_from_is_left_alone(tiny):
+    codes = [3, 1, 4, 1, 5, 2, 6, 5, 3]
+    read = record("read", codes=codes, extra={"read_span": True})
+    targets = inputs_of(collator_of(*tiny)([read, record(codes=codes), read]))["targets"]
+    assert targets["depth_positions"][:, 0].tolist() == [0, 1, 2]
+    assert targets["noisy_positions"].tolist() == targets["depth_positions"][1:2].tolist()
 
 
 def test_what_is_learned_is_the_right_codes_after_wrong_ones(tiny, batch):

@@ -208,6 +208,17 @@ def many():
     return list(world_records(300, seed=21, options=WorldOptions(112, 112, turns=4, points=1.0), workers=2))
 
 
+def test_a_record_says_that_its_span_is_read_where_depth_is_asked_for(many):
+    found = Counter()
+    for record in many:
+        extra = json.loads(record["extra"])
+        asked = {question["kind"] for question in extra["questions"]}
+        told = extra.get("read_span", False)
+        assert told is bool(asked & {"closer", "nearest", "points", "near", "pair"})
+        found[told, record["id"].endswith("-points")] += 1
+    assert set(found) == {(True, True), (True, False), (False, False)}
+
+
 def test_kinds_are_drawn_by_weight_and_only_the_repeated_ones_twice():
     options = WorldOptions(112, 112, turns=5, points=0, kinds={"colour": 3, "exists": 1}, repeated=("colour",))
     most = Counter()

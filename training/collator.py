@@ -190,6 +190,7 @@ class PerceptioCollator:
         present = [there for sample in samples for _, there in sample["masks"]]
         places = [(row, column) for row, s in enumerate(sequences) for column in s.seg_positions]
         spans = [(row, start) for row, s in enumerate(sequences) for start, _ in s.depth_spans]
+        unread = [(row, start) for row, start in spans if not sequences[row].read_spans]
         depth = [s["depth"] for s in samples if s["depth"] is not None for _ in s["sequence"].depth_spans]
         targets = {
             "seg_positions": torch.tensor(places, dtype=torch.long).view(-1, 2),
@@ -199,6 +200,7 @@ class PerceptioCollator:
             "mask_seeds": torch.tensor([seed for s in seen for seed in s["seeds"]], dtype=torch.long),
             "mask_points": self.mask_points,
             "depth_positions": torch.tensor(spans, dtype=torch.long).view(-1, 2),
+            "noisy_positions": torch.tensor(unread, dtype=torch.long).view(-1, 2),
             "depth_labels": torch.stack(depth) if depth else torch.zeros(0, depth_side, depth_side),
         }
         answers = (labels[:, 1:] != IGNORED).any(-1).sum().item()

@@ -35,6 +35,8 @@ COUNT = ("How many {} are there?", "How many {} can you see?", "Count the {}.")
 EXISTS = ("Is there {} in the picture?", "Can you see {}?", "Does the picture show {}?")
 CLOSER = ("Which is closer to the camera, {} or {}?", "What is nearer, {} or {}?")
 DESCRIBE = ("Describe the picture.", "What is in this picture?", "What do you see?")
+# The kinds whose answers depth alone tells.
+OF_DEPTH = ("closer", "nearest", "points", "near", "pair")
 
 
 @dataclass

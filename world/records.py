@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..data.masks import encode_mask
-from ..data.record import assistant, make_record, user
-from .questions import KINDS, Asker, Question
+from ..data.record import READ, assistant, make_record, user
+from .questions import KINDS, OF_DEPTH, Asker, Question
 from .scene import sample_scene
 
 # Each split draws from numbers of its own, so that none shares a scene with another.
@@ -133,6 +133,8 @@ def _record(asker: Asker, rng, name: str, split: str, questions: list[Question],
         if question.mask is not None:
             masks.append({"turn": 2 * turn + 1, **encode_mask(question.mask)})
     extra = {"place": scene.place, "questions": [{"kind": q.kind, **q.extra} for q in questions]}
+    if any(question.kind in OF_DEPTH for question in questions):
+        extra[READ] = True
     return make_record(
         id=name,
         image={"bytes": _as_jpeg(image, rng), "path": f"{name}.jpg"},
