@@ -50,13 +50,18 @@ def train(name: str, changes: dict, seed: int, config: dict, out: Path) -> Path:
         recipe = yaml.safe_load((ROOT / data).read_text("utf-8"))
         # Spans that are given teach to read spans: without spans there is nothing to give.
         kept = [s for s in recipe["sources"] if "depth" not in without or not s["name"].startswith("given")]
-        recipe |= {"sources": [{**source, "without": without} for source in kept], "root": str(ROOT / recipe["root"])}
+        sources = [{**source, "without": _either(without, source.get("without", ""))} for source in kept]
+        recipe |= {"sources": sources, "root": str(ROOT / recipe["root"])}
         data = folder / "data.yaml"
         data.write_text(yaml.safe_dump(recipe), "utf-8")
     arguments = {**config["train"], **changes, "data": str(data), "seed": seed, "output_dir": str(folder / "run")}
     (folder / "run.yaml").write_text(yaml.safe_dump(arguments), "utf-8")
     run("train_sft.py", "--config", folder / "run.yaml", "--resume")
     return folder / "run" / "model"
+
+
+def _either(*left_out: str) -> str:
+    return "+".join(part for part in ("seg", "depth") if any(part in some for some in left_out))
 
 
 def measure(model: Path, data: str, splits: list[str], limit: int | None, out: Path, *options: str) -> dict:

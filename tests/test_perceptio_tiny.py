@@ -85,18 +85,34 @@ def test_the_card_compares_what_was_measured_with_other_codes():
         assert " | ".join([name, *(Figure(**figure).cells()[1] for figure in measured)]) in rows
 
 
-def test_new_scenes_are_seen_as_well_as_its_card_says(see, tmp_path, figures):
-    """Scenes of a seed of their own: no figure lies further from the card than so few questions explain."""
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Of a seed of their own."""
     from perceptio.data.shards import write_shards
 
+    folder = tmp_path_factory.mktemp("scenes")
     for split in ("refer", "points3"):
         records = [record for index in range(24) for record in scene_records(index, 77, split)]
-        write_shards(records, tmp_path / "scenes", split=split)
+        write_shards(records, folder, split=split)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "perception, names",
+    [
+        (None, ("refer: gIoU", "refer: delta1, aligned", "points3: closest point")),
+        ("seg", ("refer: gIoU",)),
+        ("depth", ("refer: delta1, aligned",)),
+    ],
+)
+def test_new_scenes_are_seen_as_well_as_its_card_says(see, scenes, perception, names, tmp_path, figures):
+    """Asked for both, or for one alone: no figure lies further from the card than so few questions explain."""
     predictor = Predictor(see, open_benchmark("world").answer_tokens)
-    settings = Settings(split="all", batch_size=24)
-    results = run_benchmark(open_benchmark("world"), predictor, tmp_path / "scenes", tmp_path / "out", settings, {})
+    split = "all" if perception is None else "refer"
+    settings = Settings(split=split, batch_size=24, perception=perception)
+    results = run_benchmark(open_benchmark("world"), predictor, scenes, tmp_path / "out", settings, {})
     found = {figure["name"]: Figure(**figure) for figure in results["figures"]}
-    for name in ("refer: gIoU", "refer: delta1, aligned", "points3: closest point"):
+    for name in names:
         assert found[name].low <= figures[name].high and figures[name].low <= found[name].high, name
 
 
