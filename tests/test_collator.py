@@ -403,4 +403,7 @@ def test_workers_make_the_same_batches(tiny, context):
         assert torch.equal(batch["input_ids"], expected["input_ids"])
         for name, value in expected["targets"].items():
             found = batch["targets"][name]
-            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+            if name == "depth_labels":  # decoded by as many threads as a process has, which add in another order
+                torch.testing.assert_close(found, value, rtol=0, atol=1e-6, equal_nan=True)
+            else:
+                assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
