@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoProcessor, Trainer
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.trainer_utils import has_length
 
 from perceptio.extras import extra
 
@@ -35,7 +37,7 @@ from perceptio.modeling_depth_vqvae import DepthVQVAE
 from perceptio.training.adapters import trainable_table
 from perceptio.training.checkpoints import EXIT_CODES, SafeCheckpoints, checkpoints
 from perceptio.training.collator import PerceptioCollator
-from perceptio.training.data import RunData, as_records, check_lengths
+from perceptio.training.data import RunData, as_records, check_lengths, record_lengths
 from perceptio.training.features import FeatureCache, open_cache
 from perceptio.training.guard import GuardedSteps, NoMemory, check_trackers
 from perceptio.training.models import (
@@ -154,7 +156,11 @@ class PerceptioSFTConfig(SFTConfig):
     remove_unused_columns: bool = field(default=False, metadata={"help": "always false: the collator needs them"})
     hub_strategy: str = field(default="end", metadata={"help": "always end: checkpoints, with pickles, stay here"})
     train_sampling_strategy: str = field(
-        default="sequential", metadata={"help": "sequential keeps the order of the data recipe"}
+        default="sequential",
+        metadata={
+            "help": "sequential keeps the order of the data recipe; batch_rebalance too, but shares the records of a "
+            "step out by their lengths, which it measures first"
+        },
     )
 
     def __post_init__(self):
@@ -257,6 +263,20 @@ class PerceptioSFTTrainer(MuonTraining, SafeCheckpoints, GuardedSteps, SFTTraine
         seen = [line["num_tokens"] for line in self.state.log_history if "num_tokens" in line]
         self._total_train_tokens = seen[-1] if seen else 0
         return prepared
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As in the library, which cannot tell by itself how long a record becomes."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        by_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if not by_length or not has_length(dataset):
+            return super()._get_train_sampler(dataset)
+        lengths = record_lengths(dataset, self.processing_class, self.args.max_tiles)
+        sampler = super()._get_train_sampler(Dataset.from_dict({self.args.length_column_name: lengths}))
+        if isinstance(sampler, BatchRebalanceSampler):
+            sampler.shuffle = False  # the recipe's order is a random one already, and one in which reading is fast
+        else:  # the same order in every process, and in a run that goes on
+            sampler.generator = torch.Generator().manual_seed(self.args.seed)
+        return sampler
 
     # The loss
 

@@ -61,8 +61,9 @@ def test_one_two_and_cut_up_are_the_same(tiny_folder, tmp_path, full):
     two = run(folder, tmp_path / "two", 2, per_device_train_batch_size=2, full=full)
     compare(two, one)
     if not full:
-        cut = run(folder, tmp_path / "cut", 2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-        compare(cut, one)
+        parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        compare(run(folder, tmp_path / "cut", 2, **parts), one)
+        compare(run(folder, tmp_path / "by length", 2, **parts, train_sampling_strategy="batch_rebalance"), one)
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])

@@ -126,6 +126,23 @@ def test_evaluation_does_not_depend_on_its_batches(tiny_folder, rows, tmp_path):
         assert found[0][f"eval_{term}"] == pytest.approx(found[1][f"eval_{term}"], rel=1e-4, abs=1e-6), term
 
 
+def test_records_are_shared_out_by_their_lengths(tiny_folder, rows, tmp_path):
+    mixed = [text_only("a"), rows[0], rows[1], text_only("b"), rows[2], plain(rows[3]), plain(rows[4]), rows[5]]
+    step = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    read, steps = {}, {}
+    for kind in ("sequential", "batch_rebalance", "group_by_length"):
+        trainer = trainer_of(tiny_folder(), mixed, tmp_path / kind, train_sampling_strategy=kind, **step)
+        batches = list(trainer.get_train_dataloader())
+        read[kind] = sum(batch["input_ids"].numel() for batch in batches)
+        names = [batch["sample_ids"] for batch in batches]
+        steps[kind] = [set(one + two) for one, two in zip(names[::2], names[1::2], strict=True)]
+    assert steps["batch_rebalance"] == steps["sequential"] and read["batch_rebalance"] < read["sequential"]
+    assert set.union(*steps["group_by_length"]) == {row["id"] for row in mixed}
+    assert read["group_by_length"] < read["sequential"]
+    torch.manual_seed(8)
+    assert [batch["sample_ids"] for batch in trainer.get_train_dataloader()] == names
+
+
 def curve(trainer) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "loss" in line]
 

@@ -122,25 +122,30 @@ def as_records(dataset):
 
 
 def check_lengths(dataset: Dataset, processor, max_length: int, max_tiles: int | None, most: int = 20_000) -> None:
-    """Raise where one of the first `most` records is longer than `max_length`; nothing is decoded for it.
-
-    A record that cannot be measured is left to the training, which skips it, or stops and names it.
-    """
-    kwargs = {} if max_tiles is None else {"max_patches": max_tiles}
-    longest, name = 0, None
-    for index in range(min(len(dataset), most)):
-        record = dataset[index]
-        try:
-            found = sequence_length(record, processor, **kwargs)
-        except (ValueError, OSError):
-            continue
-        if found > longest:
-            longest, name = found, record["id"]
+    """Raise where one of the first `most` records is longer than `max_length`; nothing is decoded for it."""
+    lengths = record_lengths(dataset, processor, max_tiles, most)
+    longest = max(lengths, default=0)
     if longest > max_length:
+        name = dataset[lengths.index(longest)]["id"]
         raise DataError(
             f"record {name!r} is {longest} tokens long, but `max_length` is {max_length}, and cutting would lose "
             f"picture tokens, the span or the answer: raise `max_length` to {longest}, or lower `max_tiles`"
         )
+
+
+def record_lengths(dataset: Dataset, processor, max_tiles: int | None = None, most: int | None = None) -> list[int]:
+    """Tokens of each of the first `most` records.
+
+    It is 0 for one that cannot be measured, which is left to the training: it skips it, or stops and names it.
+    """
+    kwargs, lengths = {} if max_tiles is None else {"max_patches": max_tiles}, []
+    for index in range(len(dataset) if most is None else min(len(dataset), most)):
+        record = dataset[index]
+        try:
+            lengths.append(sequence_length(record, processor, **kwargs))
+        except (ValueError, OSError):
+            lengths.append(0)
+    return lengths
 
 
 def sequence_length(record: dict, processor, **images_kwargs) -> int:
