@@ -2,7 +2,7 @@
 that are given.
 
     python -m perceptio.hub.tiny_data build/tiny/parts
-    python -m perceptio.hub.tiny_data build/tiny/parts --parts 160    # more; what is there is not made again
+    python -m perceptio.hub.tiny_data build/tiny/parts --parts 400    # more; what is there is not made again
 
 A part is a folder with one data set of each kind.  A recipe names those of all parts as `parts/*/scenes`.
 """
@@ -29,7 +29,7 @@ from ..data.sources.counterfactual import read_counterfactual
 from ..data.tally import Tally
 from ..world.records import WorldOptions, scene_records
 
-PARTS = 80  # so that a run of `recipes/perceptio-tiny.yaml` sees hardly a scene twice; about 7 GB
+PARTS = 200  # so that a run of `recipes/perceptio-tiny.yaml` sees hardly a picture twice; about 18 GB
 SEED = 1000  # of the first part's scenes, and how far those of the next kind are off; the teachers have seen none
 DEPTH = "checkpoints/depth-tiny"
 LABELLED = 64  # records at a time
