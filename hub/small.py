@@ -3,10 +3,11 @@
     python -m perceptio.hub.small build/tiny/base --sam build/tiny/sam/model --vision build/tiny/vision-large/model
     python -m perceptio.hub.small build/again --sam checkpoints/perceptio-tiny --vision checkpoints/perceptio-tiny
 
-The second takes the parts of a trained Perceptio.  The language model is new in both.  The tokenizer is a byte-level
-BPE of the rendered world's own texts, of the class that real InternVL folders have: it writes any text, and the
-world's in few tokens.  The chat template writes a picture behind the words of its message: every depth code then
-stands at one distance from its part of the picture, however long the question is.
+The second takes the parts of a trained Perceptio.  The language model is new in both.  With `--more-layers 2` the
+vision tower gets two layers more, which begin as the identity.  The tokenizer is a byte-level BPE of the rendered
+world's own texts, of the class that real InternVL folders have: it writes any text, and the world's in few tokens.
+The chat template writes a picture behind the words of its message: every depth code then stands at one distance from
+its part of the picture, however long the question is.
 """
 
 import argparse
@@ -50,13 +51,21 @@ WORDS_FIRST = """\
 
 
 def build_small(
-    folder, sam, vision, depth, seed: int = 0, scenes: int = TEXT_SCENES, solved: int = SOLVED_SCENES
+    folder,
+    sam,
+    vision,
+    depth,
+    seed: int = 0,
+    more_layers: int = 0,
+    scenes: int = TEXT_SCENES,
+    solved: int = SOLVED_SCENES,
 ) -> PerceptioForConditionalGeneration:
     """Write the folder.  sam: of a `PerceptioMaskModel`;  vision: of a `PerceptioVisionModel`;  depth: of a
-    `DepthVQVAE`; each may be that of a Perceptio, too.  scenes: to learn the tokenizer from;  solved: to solve for the
-    projector on."""
+    `DepthVQVAE`; each may be that of a Perceptio, too.  more_layers: that the vision tower gets;  scenes: to
+    learn the tokenizer from;  solved: to solve for the projector on."""
     mask_model, depth_model = _part(sam, PerceptioMaskModel, "mask_model"), _part(depth, DepthVQVAE, "depth_model")
-    tower = _part(vision, PerceptioVisionModel, "model.vision_tower")
+    torch.manual_seed(seed)
+    tower = deepened(_part(vision, PerceptioVisionModel, "model.vision_tower"), more_layers)
     (tile, _), (patch, _) = tower.config.image_size, tower.config.patch_size
     tokens = int((tile // patch) ** 2 * SHUFFLE**2)
     tokenizer = world_tokenizer(world_texts(scenes))
@@ -88,7 +97,6 @@ def build_small(
         untrained=True,
         **ids,
     )
-    torch.manual_seed(seed)
     model = PerceptioForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.mask_model.load_state_dict(mask_model.state_dict())
@@ -99,6 +107,23 @@ def build_small(
     processor.save_pretrained(folder)
     write_manifest(folder)
     return model
+
+
+@torch.no_grad()
+def deepened(tower: PerceptioVisionModel, more: int) -> PerceptioVisionModel:
+    """The tower with as many layers more, which add nothing to what it sees until they are trained."""
+    if more < 0:
+        raise ValueError(f"`more_layers` is {more}, expected a number of layers")
+    if not more:
+        return tower
+    before = tower.config.num_hidden_layers
+    deep = PerceptioVisionModel(type(tower.config)(**{**tower.config.to_dict(), "num_hidden_layers": before + more}))
+    deep.load_state_dict({**deep.state_dict(), **tower.state_dict()})
+    for layer in deep.encoder.layer[before:]:
+        for last in (layer.attention.projection_layer, layer.mlp.fc2):
+            last.weight.zero_()
+            last.bias.zero_()
+    return deep
 
 
 def words_first() -> str:
@@ -150,10 +175,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sam", required=True, help="folder of the promptable segmenter, or of a Perceptio")
     parser.add_argument("--vision", required=True, help="folder of the vision tower, or of a Perceptio")
     parser.add_argument("--depth", default="checkpoints/depth-tiny", help="folder of the depth tokenizer")
+    parser.add_argument("--more-layers", type=int, default=0, metavar="COUNT", help="for the vision tower")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    places = (options.sam, options.vision, options.depth)
     try:
-        model = build_small(options.folder, options.sam, options.vision, options.depth, options.seed)
+        model = build_small(options.folder, *places, options.seed, options.more_layers)
     except (ValueError, OSError) as error:
         return refuse(error)
     print(f"wrote {options.folder}: {sum(weight.numel() for weight in model.parameters()):,} parameters")

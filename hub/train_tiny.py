@@ -30,6 +30,7 @@ MORE_TO_DO = 75
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 STEP, CACHED = 16, 4  # records of a step, as the recipe has it, and of a part of one that a core keeps in its cache
 LARGE_STEP, SPARE = 160, 4  # on an accelerator, which so small a model leaves idle; cores that load no records then
+MORE_LAYERS = 2  # of the vision tower, than its teacher has
 TEACHER_PARTS = 4  # of a step of the teachers, as their recipes have them
 PATIENCE = 100  # seconds for a stage to write down where it is
 
@@ -66,7 +67,8 @@ def stages(
     if frozen:
         teachers, sam, vision = [], Path("checkpoints/sam-tiny"), Path("checkpoints/vision-tiny")
     build = stage("base", base / "manifest.json",
-                  "-m", "perceptio.hub.small", base, "--sam", sam, "--vision", vision, "--depth", DEPTH)  # fmt: skip
+                  "-m", "perceptio.hub.small", base, "--sam", sam, "--vision", vision, "--depth", DEPTH,
+                  "--more-layers", MORE_LAYERS)  # fmt: skip
     before, model = ([*teachers, build], ()) if start is None else ([], ("--model", start))
     return [
         *before,

@@ -7,7 +7,9 @@ from PIL import Image
 from transformers import InternVLVisionModel, Sam2Model
 
 from perceptio.hub.manifest import verify_manifest
-from perceptio.hub.small import build_small, main, world_texts, world_tokenizer
+from perceptio.hub.small import build_small, deepened, main, world_texts, world_tokenizer
+from perceptio.hub.train_tiny import MORE_LAYERS
+from perceptio.modeling_convolutions import PerceptioVisionModel
 from perceptio.modeling_perceptio import PerceptioForConditionalGeneration
 from perceptio.pipeline_perceptio import PerceptioPipeline
 from perceptio.processing_perceptio import PerceptioProcessor
@@ -39,6 +41,27 @@ def test_it_fits_its_budget_and_is_whole(folder):
     assert halves + kept <= MOST_BYTES
     assert not verify_manifest(folder) and model.config.untrained
     assert model.config.span_length == 100 and model.config.depth_config.codebook_hash
+
+
+def test_a_deeper_tower_sees_the_same_at_first(request):
+    """What its new layers add can be learned at once, the rest of them behind it."""
+    folder = request.config.rootpath / "checkpoints/vision-tiny"
+    tower = PerceptioVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+    deep = deepened(tower, 2).eval()
+    assert deep.config.num_hidden_layers == len(deep.encoder.layer) == tower.config.num_hidden_layers + 2
+    picture = torch.from_numpy(scene_instances(3, 9, "test", 320)["image"]).movedim(-1, 0)[None] / 127.5 - 1
+    with torch.no_grad():
+        before = tower(pixel_values=picture).last_hidden_state
+    optimizer = torch.optim.SGD(deep.parameters(), 1e-2)
+    for step in range(2):
+        after = deep(pixel_values=picture).last_hidden_state
+        assert torch.equal(after, before) == (step == 0)
+        optimizer.zero_grad()
+        after[:, 1:].square().mean().backward()
+        new = [weight.grad.any().item() for weight in deep.encoder.layer[-2:].parameters()]
+        assert any(new) and all(new) == (step == 1)
+        optimizer.step()
+    assert deepened(tower, 0) is tower
 
 
 def test_its_parts_are_the_trained_ones(folder):
@@ -90,7 +113,8 @@ def begun(tmp_path_factory, request):
     """On the trained teachers."""
     folder, root = tmp_path_factory.mktemp("begun") / "base", request.config.rootpath
     parts = [root / "checkpoints" / name for name in ("sam-tiny", "vision-tiny", "depth-tiny")]
-    return build_small(folder, *parts, scenes=30, solved=64), PerceptioProcessor.from_pretrained(folder)
+    model = build_small(folder, *parts, more_layers=MORE_LAYERS, scenes=30, solved=64)
+    return model, PerceptioProcessor.from_pretrained(folder)
 
 
 def test_it_begins_with_pictures_in_the_words_for_what_they_show(begun, tmp_path):
@@ -181,3 +205,10 @@ def test_wrong_teachers_are_one_line(tmp_path, capsys):
     absent = str(tmp_path / "absent")
     assert main([str(tmp_path / "base"), "--sam", absent, "--vision", absent]) == 2
     assert capsys.readouterr().err.startswith("perceptio: ")
+
+
+def test_fewer_layers_than_none_is_one_line(tmp_path, capsys):
+    parts = ["--sam", "checkpoints/sam-tiny", "--vision", "checkpoints/vision-tiny", "--more-layers", "-1"]
+    assert main([str(tmp_path / "base"), *parts]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "perceptio: `more_layers` is -1, expected a number of layers"
+    assert not (tmp_path / "base").exists()
