@@ -28,6 +28,7 @@ from .assemble import KEPT_FLOAT32, PART_PREFIXES, put_in_place
 from .card import CARD, CURVE, EVALUATION, LOG, write_card
 from .manifest import write_manifest
 from .repository import add_results
+from .train_tiny import MORE_LAYERS
 from .weights import write_shards
 
 RECIPE = "recipe.yaml"
@@ -133,8 +134,8 @@ def card_facts(name: str) -> dict:
         f"never seen a photograph, and knows {len(NOUNS)} kinds of things.",
         "data": "Rendered scenes with exact depth, masks and answers (`perceptio world build`); the split that it is "
         "measured on has other scenes. Vision tower, SAM2's image encoder and depth tokenizer were trained first, on "
-        f"scenes of the same kind; `train_sft.py` with [{RECIPE}]({RECIPE}) trained the rest, and the vision tower "
-        "further.",
+        f"scenes of the same kind; `train_sft.py` with [{RECIPE}]({RECIPE}) trained the rest, and further the vision "
+        f"tower, which has {MORE_LAYERS} layers more by then.",
         "made_by": "python -m perceptio.hub.train_tiny",
         "limits": [
             "Its answers are about rendered things, and wrong about much that is not.",

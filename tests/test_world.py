@@ -13,7 +13,7 @@ from perceptio.data.validate import check_records
 from perceptio.world import phrases
 from perceptio.world.marks import GAP, choose_points, draw_points
 from perceptio.world.render import Camera, Geometry, Light, Piece, Setting, render
-from perceptio.world.scene import sample_scene
+from perceptio.world.scene import lay_out, sample_scene
 from perceptio.world.shapes import FILLERS, NOUNS, VARIANTS, filler, mesh
 from perceptio.world.surfaces import (
     COLOURS,
@@ -228,6 +228,19 @@ def test_the_command_writes_a_data_set_and_a_sheet(tmp_path, capsys):
     for wrong in (["sheet", "x.gif"], ["build", "x", "--scenes", "0"], ["build", "x", "--size", "9"]):
         assert main(["world", *wrong]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_in_the_air_the_larger_looking_of_two_things_is_the_nearer():
+    """Nothing else tells there how far a thing is."""
+    pairs = 0
+    for seed in range(40):
+        scene = lay_out(np.random.default_rng(seed), 224, 224, "studio")
+        away = np.array([np.linalg.norm(thing.position - scene.camera.position) for thing in scene.things])
+        looks = np.array([thing.size for thing in scene.things]) / away
+        plain = looks[:, None] > 1.2 * looks
+        assert (away[:, None] < np.broadcast_to(away, plain.shape))[plain].all()
+        pairs += plain.sum()
+    assert pairs > 500
 
 
 def test_each_place_has_scenes_with_several_things():

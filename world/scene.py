@@ -200,7 +200,8 @@ class Stage:
         self.thing((at[0], at[1] + height, at[2]), size)
 
     def hang(self, at, size, top):
-        """Something on a string from the ceiling."""
+        """Something on a string from the ceiling.  Little but how large it looks tells how far it is: let its size
+        hardly differ."""
         noun = self.rng.choice(["ball", "star", "egg", "ring", "bag", "cube", "cone", "bucket"])
         if self.thing(at, size, str(noun), float_=True):
             y = at[1] + size * 0.9
@@ -305,7 +306,7 @@ def table(stage: Stage) -> Scene:
     stage.scatter(int(rng.integers(5, 13)), (-w / 2 + 0.1, w / 2 - 0.1), (near, d / 2 - 0.1), size=(0.1, 0.32))
     if rng.random() < 0.3:
         stage.hang(
-            (rng.uniform(-0.4, 0.4), rng.uniform(0.25, 0.5), rng.uniform(-0.5, 0.2)), rng.uniform(0.08, 0.2), 2.5
+            (rng.uniform(-0.4, 0.4), rng.uniform(0.25, 0.5), rng.uniform(-0.5, 0.2)), rng.uniform(0.12, 0.16), 2.5
         )
     lamps = [(rng.uniform(-1.5, 1.5), rng.uniform(0.8, 2), rng.uniform(-1.5, 0.8)) for _ in range(rng.integers(1, 3))]
     return stage.finish("table", stage.indoors(lamps, 0.15))
@@ -352,7 +353,7 @@ def room(stage: Stage) -> Scene:
             )
     stage.scatter(int(rng.integers(4, 10)), (-w / 2 + 0.4, w / 2 - 0.4), (stage.eye[2] + 0.8, d / 2 - 0.3))
     for _ in range(rng.integers(0, 4)):
-        size = rng.uniform(0.2, 0.5)
+        size = rng.uniform(0.28, 0.38)
         stage.hang(
             (rng.uniform(-w / 3, w / 3), h - rng.uniform(0.5, 1.2) - size, rng.uniform(stage.eye[2] + 0.7, d / 3)),
             size,
@@ -401,7 +402,7 @@ def corridor(stage: Stage) -> Scene:
             side = rng.choice([-1, 1])
             stage.thing((side * rng.uniform(0.3, w / 2 - 0.3), 0, stage.eye[2] + ahead), size, noun)
     for _ in range(rng.integers(0, 5)):
-        size = rng.uniform(0.2, 0.5)
+        size = rng.uniform(0.28, 0.38)
         stage.hang(
             (rng.uniform(-w / 3, w / 3), h - rng.uniform(0.35, 0.9) - size, rng.uniform(-d / 2 + 1.2, d / 4)), size, h
         )
@@ -530,7 +531,9 @@ def shelves(stage: Stage) -> Scene:
             stage.block(0.04, levels * gap + 0.1, depth, (side * w / 2, -0.05, 0), board)
     for _ in range(rng.integers(0, 3)):
         stage.hang(
-            (rng.uniform(-0.7, 0.7), rng.uniform(0.3, levels * gap), -rng.uniform(0.5, 0.9)), rng.uniform(0.1, 0.22), 3
+            (rng.uniform(-0.7, 0.7), rng.uniform(0.3, levels * gap), -rng.uniform(0.5, 0.9)),
+            rng.uniform(0.13, 0.17),
+            3,
         )
     lamps = [(rng.uniform(-1.5, 1.5), rng.uniform(1, 2.5), -rng.uniform(1, 2)) for _ in range(rng.integers(1, 3))]
     return stage.finish("shelves", stage.indoors(lamps, 0.2))
@@ -556,10 +559,11 @@ def terraces(stage: Stage) -> Scene:
 
 
 def studio(stage: Stage) -> Scene:
-    """Things in the air before a backdrop: where a thing is in the picture says nothing about its distance."""
+    """Things in the air before a backdrop: where one is in the picture says nothing about its distance.  How large it
+    looks does, since all are about as large."""
     rng = stage.rng
     stage.eye, stage.target = np.array([0, 0, -3.0]), np.array([rng.normal() * 0.2, rng.normal() * 0.2, 0.0])
-    far = rng.uniform(4, 9)
+    far, size = rng.uniform(2.5, 4.5), rng.uniform(0.45, 0.7)
     stage.block(
         40,
         40,
@@ -572,7 +576,7 @@ def studio(stage: Stage) -> Scene:
             z = rng.uniform(-1.6, far - 1)
             reach = (z + 3.0) * np.tan(stage.fov / 2) * 0.85
             at = (rng.uniform(-reach, reach), rng.uniform(-reach, reach) - 0.2, z)
-            if stage.thing(at, rng.uniform(0.3, 0.9) * (0.6 + 0.15 * (z + 3)), float_=True):
+            if stage.thing(at, size * rng.uniform(0.93, 1.07), float_=True):
                 break
     lamps = [(rng.uniform(-4, 4), rng.uniform(0, 4), rng.uniform(-4, -1)) for _ in range(rng.integers(1, 3))]
     return stage.finish("studio", stage.indoors(lamps, 0.3))
