@@ -12,9 +12,12 @@ Figures that were measured on the folder itself come in afterwards (`evaluation/
 
 import argparse
 import json
+import math
 import shutil
 import sys
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -39,6 +42,13 @@ TEACHERS = {  # module and last recipe of each, and the folder of its run
 LICENCE = "apache-2.0"
 MEASURED = "Measured before the weights were rounded to half precision."
 SHARD = "15MB"
+LINES = 300  # of the log, at most: it counts among what the folder may weigh
+LAST = (
+    "step",
+    "epoch",
+    "num_tokens",
+    "bad_steps",
+)  # of which a line has what its last step has; of the rest it has the mean
 CURVES = {"code_accuracy": "depth codes", "answer_accuracy": "whole answers", "mask_iou": "masks (mean IoU)"}
 COLOURS = ("#e63c00", "#009ee1", "#00af82")
 
@@ -54,6 +64,7 @@ def release(run: Path, folder: Path, recipe: Path, start: Path | None = None) ->
         before = [json.loads(line) for line in (start / LOG).read_text("utf-8").splitlines()]
         last = max(line["step"] for line in before)
         log = [*before, *({**line, "step": line["step"] + last} for line in log)]
+    log = shortened(log)
     results = json.loads((run / "eval" / "results.json").read_text("utf-8"))
     facts = {key: results[key] for key in ("figures", "settings", "data", "versions") if key in results}
     facts |= {"note": MEASURED, "teachers": {name: _teacher(run, *where) for name, where in TEACHERS.items()}}
@@ -95,11 +106,23 @@ def write_weights(model: PerceptioForConditionalGeneration, folder: Path) -> Non
     write_shards(folder, sizes, lambda name: weights[name].to(kinds[name]), SHARD)
 
 
+def shortened(log: list[dict], lines: int = LINES) -> list[dict]:
+    """A log of so many lines at most, each for as many steps; one of no loss, as that of a run's end, is left out."""
+    logged = [line for line in log if "loss" in line]
+    width = logged[-1]["step"] / lines
+    groups = [list(group) for _, group in groupby(logged, lambda line: math.ceil(line["step"] / width))]
+    return [{key: _significant(group[-1][key] if key in LAST else fmean(line[key] for line in group if key in line))
+             for key in group[-1]} for group in groups]  # fmt: skip
+
+
+def _significant(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
 def draw_curve(log: list[dict]) -> str:
     """SVG: what the training batches were right in, against the records that were seen."""
-    lines = [line for line in log if "loss" in line]
     left, top, width, height = 48, 24, 560, 240
-    last = max(line["step"] for line in lines)
+    last = log[-1]["step"]
     parts = []
     for share in (0, 25, 50, 75, 100):
         y = top + height * (1 - share / 100)
@@ -108,7 +131,7 @@ def draw_curve(log: list[dict]) -> str:
     for number, ((key, name), colour) in enumerate(zip(CURVES.items(), COLOURS, strict=True)):
         points = " ".join(
             f"{left + width * line['step'] / last:.1f},{top + height * (1 - line[key]):.1f}"
-            for line in lines
+            for line in log
             if key in line
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')

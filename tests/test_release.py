@@ -19,7 +19,7 @@ from perceptio.evaluation.command import folder_hash
 from perceptio.evaluation.run import Settings, run_benchmark
 from perceptio.hub.card import read_evaluations
 from perceptio.hub.manifest import scan_pickles, verify_manifest
-from perceptio.hub.release import main, release
+from perceptio.hub.release import main, release, shortened
 from perceptio.hub.repository import Wish, build, guess_kind
 from perceptio.hub.small import build_small
 from perceptio.teachers.sam import sam_config
@@ -143,6 +143,19 @@ def test_the_log_goes_on_from_that_of_what_it_was_started_from(run, released, tm
     assert after[:3] == before and [line["step"] for line in after] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in after] == 2 * [line["loss"] for line in before]
     assert "6 steps;" in (folder / "README.md").read_text("utf-8")
+
+
+def test_a_long_log_is_shortened_to_the_means_of_its_lines():
+    """And once more when it goes on; a count is the last one."""
+    log = [{"step": 20 * n, "loss": n / 3, "bad_steps": n // 50, "num_tokens": 7 * n} for n in range(1, 101)]
+    short = shortened([*log, {"step": 2000, "train_runtime": 9.0}], 10)
+    assert [line["step"] for line in short] == list(range(200, 2001, 200))
+    assert [line["loss"] for line in short[:2]] == [1.8333, 5.1667]  # of 1 to 10 and of 11 to 20, a third
+    assert [line["bad_steps"] for line in short] == [0, 0, 0, 0, 1, 1, 1, 1, 1, 2]
+    assert [line["num_tokens"] for line in short] == list(range(70, 701, 70))
+    again = shortened([*short, *({**line, "step": line["step"] + 2000} for line in short)], 10)
+    assert [line["step"] for line in again] == list(range(400, 4001, 400))
+    assert again[0]["loss"] == 3.5 and shortened(short, 10) == short
 
 
 def test_it_can_be_pushed_as_it_is(released, tmp_path):
