@@ -15,9 +15,8 @@ import torch
 from ..cli import refuse
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
+from .assemble import KEPT_FLOAT32
 from .manifest import write_manifest
-
-FROZEN = "depth_model."  # the codes rest on it to the last bit
 
 
 @torch.no_grad()
@@ -25,18 +24,20 @@ def average(folder: Path, states: Sequence[Path]) -> Path:
     """Write the folder.  Every state counts alike; all have the same parts and the same depth tokenizer."""
     if len(states) < 2:
         raise ValueError(f"`states` is {[str(state) for state in states]}, expected at least two folders")
-    first, *others = (PerceptioForConditionalGeneration.from_pretrained(path, dtype=torch.float32) for path in states)
+    for path in states:
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"{path} holds no model, expected a folder with a config.json")
+    first = PerceptioForConditionalGeneration.from_pretrained(states[0], dtype=torch.float32)
     mean = first.state_dict()
-    for path, other in zip(states[1:], others, strict=True):
-        weights = other.state_dict()
+    for count, path in enumerate(states[1:], 2):
+        weights = PerceptioForConditionalGeneration.from_pretrained(path, dtype=torch.float32).state_dict()
         unlike = sorted(key for key in {*mean, *weights}
                         if key not in mean or key not in weights or mean[key].shape != weights[key].shape
-                        or key.startswith(FROZEN) and not torch.equal(mean[key], weights[key]))  # fmt: skip
+                        or key.startswith(KEPT_FLOAT32) and not torch.equal(mean[key], weights[key]))  # fmt: skip
         if unlike:
             raise ValueError(f"{path} is no state of the model in {states[0]}: they differ in {unlike[0]}")
-    for count, other in enumerate(others, 2):
-        for key, weight in other.state_dict().items():
-            if weight.is_floating_point() and not key.startswith(FROZEN):
+        for key, weight in weights.items():
+            if weight.is_floating_point() and not key.startswith(KEPT_FLOAT32):
                 mean[key].lerp_(weight, 1 / count)
     first.save_pretrained(folder)
     PerceptioProcessor.from_pretrained(states[0]).save_pretrained(folder)

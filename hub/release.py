@@ -43,12 +43,7 @@ LICENCE = "apache-2.0"
 MEASURED = "Measured before the weights were rounded to half precision."
 SHARD = "15MB"
 LINES = 300  # of the log, at most: it counts among what the folder may weigh
-LAST = (
-    "step",
-    "epoch",
-    "num_tokens",
-    "bad_steps",
-)  # of which a line has what its last step has; of the rest it has the mean
+LAST = ("step", "epoch", "num_tokens", "bad_steps")  # that a line has of its last step; of the rest it has the mean
 CURVES = {"code_accuracy": "depth codes", "answer_accuracy": "whole answers", "mask_iou": "masks (mean IoU)"}
 COLOURS = ("#e63c00", "#009ee1", "#00af82")
 

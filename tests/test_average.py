@@ -54,4 +54,6 @@ def test_what_is_no_state_of_the_model_is_one_line(states, tmp_path, capsys):
     assert "they differ in depth_model." in line
     assert main([str(tmp_path / "mean"), str(folder / "first")]) == 2
     assert "expected at least two folders" in capsys.readouterr().err.splitlines()[-1]
+    assert main([str(tmp_path / "mean"), str(folder / "first"), str(tmp_path / "absent")]) == 2
+    assert "absent holds no model, expected a folder" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "mean").exists()
