@@ -2,7 +2,7 @@
 
     python -m perceptio.hub.average build/mean build/tiny/run/model build/before/model
 
-The folder is that of the first, with other weights.
+The folder is that of the first, with other weights, and a `mean.json` that says of what.
 """
 
 import argparse
@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 
 from ..cli import refuse
+from ..data.manifest import write_json
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
 from .assemble import KEPT_FLOAT32
 from .manifest import write_manifest
+
+MEAN = "mean.json"
 
 
 @torch.no_grad()
@@ -41,6 +44,7 @@ def average(folder: Path, states: Sequence[Path]) -> Path:
                 mean[key].lerp_(weight, 1 / count)
     first.save_pretrained(folder)
     PerceptioProcessor.from_pretrained(states[0]).save_pretrained(folder)
+    write_json(folder / MEAN, {"states": len(states)})
     write_manifest(folder)
     return folder
 

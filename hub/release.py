@@ -28,6 +28,7 @@ from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
 from ..training.checkpoints import STATE, checkpoints
 from .assemble import KEPT_FLOAT32, PART_PREFIXES, put_in_place
+from .average import MEAN
 from .card import CARD, CURVE, EVALUATION, LOG, write_card
 from .manifest import write_manifest
 from .repository import add_results
@@ -73,7 +74,8 @@ def release(run: Path, folder: Path, recipe: Path, start: Path | None = None) ->
     (half / CURVE).write_text(draw_curve(log), encoding="utf-8")
     (half / RECIPE).write_text(recipe.read_text("utf-8"), encoding="utf-8")
     write_json(half / EVALUATION, facts)
-    write_json(half / CARD, card_facts(folder.name))
+    states = json.loads((source / MEAN).read_text("utf-8"))["states"] if (source / MEAN).is_file() else 1
+    write_json(half / CARD, card_facts(folder.name, states))
     write_card(half, folder.name, LICENCE)
     write_manifest(half)
     put_in_place(half, folder)
@@ -140,10 +142,11 @@ def draw_curve(log: list[dict]) -> str:
     )
 
 
-def card_facts(name: str) -> dict:
-    """What the card says that no other file knows."""
+def card_facts(name: str, states: int = 1) -> dict:
+    """What the card says that no other file knows.  states: of the training, of which the weights are the mean."""
     from ..world.shapes import NOUNS
 
+    mean = "" if states == 1 else f" The weights are the mean of {states} states of it (`perceptio.hub.average`)."
     made = {"origin": "trained here, from nothing", "licence": LICENCE}
     return {
         "about": "A Perceptio small enough for a laptop, trained from nothing on rendered scenes: an InternVL "
@@ -153,7 +156,7 @@ def card_facts(name: str) -> dict:
         "data": "Rendered scenes with exact depth, masks and answers (`perceptio world build`); the split that it is "
         "measured on has other scenes. Vision tower, SAM2's image encoder and depth tokenizer were trained first, on "
         f"scenes of the same kind; `train_sft.py` with [{RECIPE}]({RECIPE}) trained the rest, and further the vision "
-        f"tower, which has {MORE_LAYERS} layers more by then.",
+        f"tower, which has {MORE_LAYERS} layers more by then.{mean}",
         "made_by": "python -m perceptio.hub.train_tiny",
         "limits": [
             "Its answers are about rendered things, and wrong about much that is not.",

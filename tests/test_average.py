@@ -1,5 +1,7 @@
 """The mean of several states of a model."""
 
+import json
+
 import pytest
 import torch
 
@@ -45,6 +47,7 @@ def test_every_state_counts_alike_and_nothing_else_changes(states, tmp_path, cap
     assert all(torch.allclose(weight, first[key], rtol=1e-6, atol=0) for key, weight in mean.items())
     assert all(torch.equal(weight, first[key]) for key, weight in mean.items() if key.startswith("depth_model."))
     assert PerceptioProcessor.from_pretrained(tmp_path / "mean").num_depth_codes == 128
+    assert json.loads((tmp_path / "mean" / "mean.json").read_text()) == {"states": 3}
 
 
 def test_what_is_no_state_of_the_model_is_one_line(states, tmp_path, capsys):

@@ -17,6 +17,7 @@ from perceptio.cli import build_parser
 from perceptio.evaluation.benchmark import Figure, open_benchmark
 from perceptio.evaluation.command import folder_hash
 from perceptio.evaluation.run import Settings, run_benchmark
+from perceptio.hub.average import main as average
 from perceptio.hub.card import read_evaluations
 from perceptio.hub.manifest import scan_pickles, verify_manifest
 from perceptio.hub.release import main, release, shortened
@@ -143,6 +144,18 @@ def test_the_log_goes_on_from_that_of_what_it_was_started_from(run, released, tm
     assert after[:3] == before and [line["step"] for line in after] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in after] == 2 * [line["loss"] for line in before]
     assert "6 steps;" in (folder / "README.md").read_text("utf-8")
+
+
+def test_the_card_says_that_the_weights_are_a_mean(run, released, tmp_path):
+    averaged = shutil.copytree(run, tmp_path / "run")
+    model = averaged / "run" / "model"
+    for name in ("first", "second"):
+        shutil.copytree(model, tmp_path / name)
+    assert average([str(model), str(tmp_path / "first"), str(tmp_path / "second")]) == 0
+    assert main([str(averaged), str(tmp_path / "perceptio-tiny")]) == 0
+    said = "The weights are the mean of 2 states of it"
+    assert said in (tmp_path / "perceptio-tiny" / "README.md").read_text("utf-8")
+    assert said not in (released / "README.md").read_text("utf-8")
 
 
 def test_a_long_log_is_shortened_to_the_means_of_its_lines():
