@@ -195,8 +195,9 @@ class PromptedSam(nn.Module):
     def forward(
         self, pixel_values: Tensor, points: Tensor, labels: Tensor, masks: Tensor, things: Tensor, **truth: Tensor
     ) -> dict[str, Tensor]:
-        features = self.sam.get_image_embeddings(pixel_values)
-        output = self.sam(image_embeddings=features, input_points=points, input_labels=labels, multimask_output=True)
+        # not by `get_image_embeddings`, which has no gradient
+        output = self.sam(pixel_values=pixel_values, input_points=points, input_labels=labels, multimask_output=True)
+        features = output.image_embeddings
         logits = output.pred_masks.float().flatten(0, 1)  # [B * P, candidates, h, w]
         ious = output.iou_scores.float().flatten(0, 1)
         gold = masks.flatten(0, 1).float()

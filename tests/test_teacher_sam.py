@@ -115,6 +115,17 @@ def test_a_picture_without_things_goes_through(args):
     assert not drawn["noun"].any() and drawn["depth"].shape == (16, 16)
 
 
+@pytest.mark.parametrize("convolutions", [(), (8, 16, 24, 40)])
+def test_masks_alone_teach_all_of_its_encoder(scenes, args, convolutions):
+    """In evaluation there are no questions about cells, so that all of the loss goes through the mask decoder."""
+    torch.manual_seed(0)
+    model = PromptedSam(sam_config(64, 8, [1, 1, 2, 1], 32, convolutions)).eval()
+    drawn = draw_prompts(scenes[0], args, np.random.default_rng(0))
+    model(**{name: value[None] for name, value in drawn.items()})["loss"].backward()
+    untaught = [name for name, weight in model.sam.vision_encoder.named_parameters() if weight.grad is None]
+    assert untaught == []
+
+
 def test_it_begins_with_a_towers_stages_and_leaves_them():
     torch.manual_seed(0)
     tower = PerceptioVisionModel(vision_config(64, 16, 32, 1, 2, (8, 16, 24), (1, 1, 2)))
