@@ -6,6 +6,7 @@ The folder is that of the first, with other weights, and a `mean.json` that says
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 
 from ..cli import refuse
-from ..data.manifest import write_json
 from ..modeling_perceptio import PerceptioForConditionalGeneration
 from ..processing_perceptio import PerceptioProcessor
 from .assemble import KEPT_FLOAT32
@@ -28,7 +28,7 @@ def average(folder: Path, states: Sequence[Path]) -> Path:
     if len(states) < 2:
         raise ValueError(f"`states` is {[str(state) for state in states]}, expected at least two folders")
     for path in states:
-        if not (Path(path) / "config.json").is_file():
+        if not (path / "config.json").is_file():
             raise ValueError(f"{path} holds no model, expected a folder with a config.json")
     first = PerceptioForConditionalGeneration.from_pretrained(states[0], dtype=torch.float32)
     mean = first.state_dict()
@@ -44,7 +44,7 @@ def average(folder: Path, states: Sequence[Path]) -> Path:
                 mean[key].lerp_(weight, 1 / count)
     first.save_pretrained(folder)
     PerceptioProcessor.from_pretrained(states[0]).save_pretrained(folder)
-    write_json(folder / MEAN, {"states": len(states)})
+    (folder / MEAN).write_text(json.dumps({"states": len(states)}) + "\n", encoding="utf-8")
     write_manifest(folder)
     return folder
 

@@ -29,7 +29,7 @@ from ..processing_perceptio import PerceptioProcessor
 from ..training.checkpoints import STATE, checkpoints
 from .assemble import KEPT_FLOAT32, PART_PREFIXES, put_in_place
 from .average import MEAN
-from .card import CARD, CURVE, EVALUATION, LOG, write_card
+from .card import CARD, CURVE, EVALUATION, LOG, read_object, write_card
 from .manifest import write_manifest
 from .repository import add_results
 from .train_tiny import MORE_LAYERS
@@ -74,7 +74,7 @@ def release(run: Path, folder: Path, recipe: Path, start: Path | None = None) ->
     (half / CURVE).write_text(draw_curve(log), encoding="utf-8")
     (half / RECIPE).write_text(recipe.read_text("utf-8"), encoding="utf-8")
     write_json(half / EVALUATION, facts)
-    states = json.loads((source / MEAN).read_text("utf-8"))["states"] if (source / MEAN).is_file() else 1
+    states = read_object(source / MEAN)["states"] if (source / MEAN).is_file() else 1
     write_json(half / CARD, card_facts(folder.name, states))
     write_card(half, folder.name, LICENCE)
     write_manifest(half)
