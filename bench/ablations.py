@@ -3,26 +3,35 @@
     python bench/ablations.py --config recipes/ablations/tiny.yaml --out build/ablations
     python bench/ablations.py --tokens checkpoints/perceptio-tiny --data build/tiny/held-out --out build/ablations
 
-The first trains and measures every variant of the configuration with every seed, the second asks a trained model the
-closest-point questions with its own codes, with random and constant ones, those of another picture, and those of the
-true depth.  What is done is not done again.  Both write bench/results/ablations.json and draw ablations.svg beside it.
+The first goes on with a trained model, without each of its parts in turn and with every seed, and measures what
+comes out; the second asks a trained model the closest-point questions with its own codes, with random and constant
+ones, those of another picture, and those of the true depth.  What is done is not done again.  Both write
+bench/results/ablations.json and draw ablations.svg beside it.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from perceptio.data.manifest import write_json
 from perceptio.evaluation import CODES
+from perceptio.hub.train_tiny import KEEP_MEMORY, fine_tuning_on_cores
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "ablations.json"
 CLOSEST = ("points3", "points4", "points5", "lure")
+SHOWN = {  # beside the closest points: split and figure
+    "answers": ("test", "answers"),
+    "masks, cIoU": ("refer", "cIoU"),
+    "δ1": ("test", "delta1, aligned"),
+}
 # What the paper and public work report for the same changes, in points of HardBLINK's mean.
 PUBLISHED = {"no depth span": "−25.8 (Perceptio-8B)"}
 PUBLISHED_CODES = {
@@ -35,12 +44,11 @@ PUBLISHED_CODES = {
 def run(*words) -> None:
     command = [sys.executable, *map(str, words)]
     print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+    subprocess.run(command, check=True, cwd=ROOT, env={**KEEP_MEMORY, **os.environ})
 
 
-def train(name: str, changes: dict, seed: int, config: dict, out: Path) -> Path:
+def train(changes: dict, seed: int, config: dict, folder: Path) -> Path:
     """The folder of the trained model.  changes: arguments of train_sft.py, and `without` for its data."""
-    folder = out / f"{name.replace(' ', '-')}-{seed}"
     if (folder / "run" / "model" / "manifest.json").is_file():
         return folder / "run" / "model"
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +64,7 @@ def train(name: str, changes: dict, seed: int, config: dict, out: Path) -> Path:
         data.write_text(yaml.safe_dump(recipe), "utf-8")
     arguments = {**config["train"], **changes, "data": str(data), "seed": seed, "output_dir": str(folder / "run")}
     (folder / "run.yaml").write_text(yaml.safe_dump(arguments), "utf-8")
-    run("train_sft.py", "--config", folder / "run.yaml", "--resume")
+    run(*(fine_tuning_on_cores() or ("train_sft.py",)), "--config", folder / "run.yaml", "--resume")
     return folder / "run" / "model"
 
 
@@ -64,15 +72,9 @@ def _either(*left_out: str) -> str:
     return "+".join(part for part in ("seg", "depth") if any(part in some for some in left_out))
 
 
-def measure(model: Path, data: str, splits: list[str], limit: int | None, out: Path, *options: str) -> dict:
-    """Split → figure → value and number of questions.  limit: of each split."""
-    return {split: ask(model, data, split, limit, out / split, *options)[split] for split in splits}
-
-
-def ask(model: Path, data: str, splits: str, limit: int | None, out: Path, *options: str) -> dict:
-    """The same, of several at once."""
-    words = ["--model", model, "--data", data, "--split", splits, "--out", out, "--batch-size", "32"]
-    words += [] if limit is None else ["--limit", limit]
+def ask(model: Path, data: str, splits: Sequence[str], out: Path, *options: str) -> dict:
+    """Split → figure → value and number of questions."""
+    words = ["--model", model, "--data", data, "--split", ",".join(splits), "--out", out, "--batch-size", "32"]
     if not (out / "results.json").is_file():
         run("-m", "perceptio", "eval", "world", *words, *options)
     found: dict = {}
@@ -89,29 +91,45 @@ def closest(splits: dict) -> float | None:
 
 
 def ablate(config: dict, out: Path, results: dict) -> None:
-    wanted = [(name, seed) for seed in config["seeds"] for name in config["variants"]]
-    if results.get("settings") != config:
-        results |= {"settings": config, "variants": {}}
-    for name, seed in wanted:
-        rows = results["variants"].setdefault(name, {})
-        if str(seed) in rows:
-            continue
-        variant = dict(config["variants"][name] or {})
-        options = variant.pop("eval", [])
-        model = train(name, variant, seed, config, out)
-        ev = config["eval"]
-        rows[str(seed)] = measure(model, ev["data"], ev["splits"], ev["limit"], model.parent.parent / "eval", *options)
-        write_json(RESULTS, results)
+    made = {"settings": config, "start": weights_of(ROOT / config["train"]["model"])}
+    if any(results.get(key) != value for key, value in made.items()):
+        results |= {**made, "variants": {}}
+    for seed in config["seeds"]:
+        for name, changes in config["variants"].items():
+            rows = results["variants"].setdefault(name, {})
+            if str(seed) in rows:
+                continue
+            folder = out / f"{name.replace(' ', '-')}-{seed}"
+            variant, asked = dict(changes), config["eval"]
+            claim(folder, {"start": made["start"], "train": config["train"], "eval": asked, "changes": changes})
+            options = variant.pop("eval", [])
+            model = train(variant, seed, config, folder)
+            rows[str(seed)] = ask(model, asked["data"], asked["splits"], folder / "eval", *options)
+            write_json(RESULTS, results)
 
 
 def replace_codes(model: Path, data: str, out: Path, results: dict) -> None:
-    manifest = json.loads((model / "manifest.json").read_text("utf-8"))
-    weights = {name: entry for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
-    results["codes"] = {"model": model.name, "weights": weights, "with": {}}
+    results["codes"] = {"model": model.name, "weights": weights_of(model), "with": {}}
+    claim(out / "codes", {"start": weights_of(model), "data": data})
     for codes in CODES:
         folder = out / "codes" / codes
-        results["codes"]["with"][codes] = ask(model, data, ",".join(CLOSEST), None, folder, "--depth-codes", codes)
+        results["codes"]["with"][codes] = ask(model, data, CLOSEST, folder, "--depth-codes", codes)
         write_json(RESULTS, results)
+
+
+def claim(folder: Path, made: dict) -> None:
+    """made: of what everything in the folder is; what is there of something else is left alone, and refused."""
+    known = folder / "made.json"
+    if known.is_file() and json.loads(known.read_text("utf-8")) != made:
+        raise SystemExit(f"{folder} is of other settings or another model: move it away, or give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(known, made)
+
+
+def weights_of(model: Path) -> dict:
+    """Size and checksum of each file."""
+    manifest = json.loads((model / "manifest.json").read_text("utf-8"))
+    return {name: entry for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
 
 
 # What people look at
@@ -119,12 +137,18 @@ def replace_codes(model: Path, data: str, out: Path, results: dict) -> None:
 
 def table(results: dict) -> str:
     """Markdown."""
-    lines = ["| | closest point | against all | seeds | published |", "|---|---|---|---|---|"]
+    shown = ["closest point", "against all", *SHOWN, "seeds", "published"]
+    lines = [f"| | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
     whole = _values(results, "all")
-    for name in results.get("variants", {}):
+    for name, rows in results.get("variants", {}).items():
         values = _values(results, name)
         change = "" if name == "all" or not whole else f"{statistics.fmean(values) - statistics.fmean(whole):+.1f}"
-        lines.append(f"| {name} | {_spread(values)} | {change} | {len(values)} | {PUBLISHED.get(name, '')} |")
+        others = [
+            _spread([splits[split][figure]["value"] for splits in rows.values() if figure in splits.get(split, {})])
+            for split, figure in SHOWN.values()
+        ]
+        cells = [name, _spread(values), change, *others, len(values), PUBLISHED.get(name, "")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     if "codes" in results:
         lines += ["", "| codes in the span | closest point | against its own | published |", "|---|---|---|---|"]
         own = closest(results["codes"]["with"]["own"])
@@ -141,6 +165,8 @@ def _values(results: dict, name: str) -> list[float]:
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.fmean(values):.1f}"
     return mean if len(values) < 2 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 

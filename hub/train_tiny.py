@@ -84,12 +84,20 @@ def stages(
 
 
 def fine_tuning() -> tuple:
-    """The script; on a CPU in as many processes as are worth it, each with few records at a time and fused layers; on
-    an accelerator in larger steps, fewer of them, for which the other cores load."""
+    """The script; on an accelerator in larger steps, fewer of them, for which the other cores load."""
+    on_cores = fine_tuning_on_cores()
+    if on_cores:
+        return on_cores
+    loading = max(1, (os.cpu_count() or 1) - SPARE)
+    return ("train_sft.py", "--per_device_train_batch_size", LARGE_STEP, "--dataloader_num_workers", loading)
+
+
+def fine_tuning_on_cores() -> tuple:
+    """The script in as many processes as are worth it, each with few records at a time and fused layers; nothing where
+    there is an accelerator."""
     shared = shared_out(STEP // CACHED)
     if not shared:
-        loading = max(1, (os.cpu_count() or 1) - SPARE)
-        return ("train_sft.py", "--per_device_train_batch_size", LARGE_STEP, "--dataloader_num_workers", loading)
+        return ()
     launch, step = shared
     return (*launch, "train_sft.py", "--per_device_train_batch_size", CACHED, *step, "--compiled", "true",
             "--pad_to_multiple_of", 32, "--dataloader_num_workers", 0)  # fmt: skip

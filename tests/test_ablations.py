@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -46,8 +47,9 @@ def test_every_variant_is_a_run_that_can_be_read(ablations, config, tmp_path, mo
     monkeypatch.chdir(ablations.ROOT)
     for name, changes in config["variants"].items():
         changes = {key: value for key, value in (changes or {}).items() if key != "eval"}
-        ablations.train(name, changes, 1, config, tmp_path)
-        run, arguments = parse(["--config", str(ran[-1][2])])
+        ablations.train(changes, 1, config, tmp_path / name)
+        words = [str(word) for word in ran[-1]]
+        run, arguments = parse([*words[words.index("train_sft.py") + 1 :]])
         assert arguments.seed == 1 and arguments.bf16 and run.samples == config["train"]["samples"]
         sources = read_recipe(run.data).sources
         left_out = changes.get("without", "")
@@ -59,7 +61,8 @@ def test_every_variant_is_a_run_that_can_be_read(ablations, config, tmp_path, mo
         assert given == (set() if "depth" in left_out else {"given", "given-things"})
         for key in changes.keys() - {"without"}:
             assert getattr(arguments, key) == changes[key]
-    assert len({words[2] for words in ran}) == len(config["variants"]) >= 9
+        assert Path(arguments.output_dir) == tmp_path / name / "run"
+    assert len(ran) == len(config["variants"]) >= 9
 
 
 def test_a_run_that_is_done_is_not_run_again(ablations, config, tmp_path, monkeypatch):
@@ -67,18 +70,47 @@ def test_a_run_that_is_done_is_not_run_again(ablations, config, tmp_path, monkey
     model = tmp_path / "all-0" / "run" / "model"
     model.mkdir(parents=True)
     (model / "manifest.json").write_text("{}")
-    assert ablations.train("all", {}, 0, config, tmp_path) == model
-    (tmp_path / "eval" / "lure").mkdir(parents=True)
+    assert ablations.train({}, 0, config, tmp_path / "all-0") == model
+    (tmp_path / "eval").mkdir(parents=True)
     figures = [{"name": "lure: closest point", "value": 0.5, "n": 4, "low": 0.1, "high": 0.9}]
-    (tmp_path / "eval" / "lure" / "results.json").write_text(json.dumps({"figures": figures}))
-    found = ablations.measure(model, "data", ["lure"], None, tmp_path / "eval")
+    (tmp_path / "eval" / "results.json").write_text(json.dumps({"figures": figures}))
+    found = ablations.ask(model, "data", ["lure"], tmp_path / "eval")
     assert found == {"lure": {"closest point": {"value": 0.5, "n": 4}}}
+
+
+def test_variants_and_seeds_may_be_added_and_other_runs_are_left_alone(ablations, config, tmp_path, monkeypatch):
+    """A run stands for its start, its settings and its change; one of others is neither taken nor written over."""
+    ran = []
+
+    def train(changes, seed, config, folder):
+        ran.append((changes, seed))
+        return folder / "run" / "model"
+
+    monkeypatch.setattr(ablations, "train", train)
+    monkeypatch.setattr(ablations, "ask", lambda *words: {"lure": split(50.0)})
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "ablations.json")
+    config |= {"seeds": [0], "variants": {"all": {}, "no marker loss": {"depth_marker_weight": 0.0}}}
+    results = {"codes": {"with": {}}}
+    ablations.ablate(config, tmp_path, results)
+    ablations.ablate(config, tmp_path, results)
+    assert ran == [({}, 0), ({"depth_marker_weight": 0.0}, 0)]
+    assert json.loads((tmp_path / "ablations.json").read_text("utf-8")) == results
+    ablations.ablate(config | {"seeds": [0, 1]}, tmp_path, results)
+    assert {name: sorted(rows) for name, rows in results["variants"].items()} == {
+        "all": ["0", "1"],
+        "no marker loss": ["0", "1"],
+    }
+    other = config | {"train": config["train"] | {"samples": 16}}
+    with pytest.raises(SystemExit, match="all-0 is of other settings or another model"):
+        ablations.ablate(other, tmp_path, results)
+    assert json.loads((tmp_path / "all-0" / "made.json").read_text("utf-8"))["train"] == config["train"]
 
 
 def test_the_table_compares_with_the_whole(ablations, results):
     lines = ablations.table(results).splitlines()
-    assert "| all | 80.0 (75.0 to 85.0) |  | 2 |  |" in lines
-    assert "| no depth span | 50.0 | -30.0 | 1 | −25.8 (Perceptio-8B) |" in lines
+    assert "| all | 80.0 (75.0 to 85.0) |  |  | 70.0 |  | 2 |  |" in lines
+    assert "| no depth span | 50.0 | -30.0 |  |  |  | 1 | −25.8 (Perceptio-8B) |" in lines
+    assert len({line.count("|") for line in lines[: lines.index("")]}) == 1
     assert any(line.startswith("| random | 40.0 | -45.0 |") for line in lines)
 
 
