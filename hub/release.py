@@ -37,7 +37,7 @@ from .weights import write_shards
 
 RECIPE = "recipe.yaml"
 TEACHERS = {  # module and last recipe of each, and the folder of its run
-    "segmenter": ("sam", "sam-tiny", "sam"),
+    "segmenter": ("sam", "sam-tiny-whole", "sam-whole"),
     "vision tower": ("vision", "vision-tiny-large", "vision-large"),
 }
 LICENCE = "apache-2.0"

@@ -58,11 +58,12 @@ def stages(
         return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
 
     recipes = Path("recipes")
-    base, sam, vision, first = (OUT / name for name in ("base", "sam/model", "vision-large/model", "vision/model"))
+    base, sam, vision = (OUT / name for name in ("base", "sam-whole/model", "vision-large/model"))
     teachers = [
-        stage("vision tower", first / "evaluation.json", *teacher("vision")),
+        stage("vision tower", OUT / "vision/model/evaluation.json", *teacher("vision")),
         stage("vision tower, larger pictures", vision / "evaluation.json", *teacher("vision", "-large")),
-        stage("segmenter", sam / "evaluation.json", *teacher("sam")),
+        stage("segmenter", OUT / "sam/model/evaluation.json", *teacher("sam")),
+        stage("segmenter, all of it", sam / "evaluation.json", *teacher("sam", "-whole")),
     ]
     if frozen:
         teachers, sam, vision = [], Path("checkpoints/sam-tiny"), Path("checkpoints/vision-tiny")

@@ -1,6 +1,6 @@
 """Freeze a trained part of perceptio-tiny, so that a language model can be trained on it without its own training.
 
-    python -m perceptio.teachers.freeze build/tiny/sam checkpoints/sam-tiny
+    python -m perceptio.teachers.freeze build/tiny/sam-whole checkpoints/sam-tiny --first build/tiny/sam
     python -m perceptio.teachers.freeze build/tiny/vision-large checkpoints/vision-tiny --first build/tiny/vision
 
 Writes the weights in half precision, the figures on held-out scenes, the log of the training, a card and checksums.
@@ -11,6 +11,8 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -50,22 +52,21 @@ On held-out scenes, before the weights were rounded:
 """
 
 
-def freeze(run: Path, folder: Path, first: Path | None = None) -> Path:
-    """run: the output folder of a trainer of `perceptio.teachers`, finished.  first: that of the training that it went
-    on from.  A folder that is there is replaced at the end."""
+def freeze(run: Path, folder: Path, first: Sequence[Path] = ()) -> Path:
+    """run: the output folder of a trainer of `perceptio.teachers`, finished.  first: those of the trainings that it
+    went on from, or what was frozen of them.  A folder that is there is replaced at the end."""
     model = load_part(run / "model")
     found = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if found:
         raise ValueError(f"`{found[0]}` holds NaN or infinite values: this training did not end well")
     figures = json.loads((run / "model" / FIGURES).read_text("utf-8"))
-    logs = [json.loads((checkpoints(one)[-1] / STATE).read_text("utf-8"))["log_history"]
-            for one in (first, run) if one is not None]  # fmt: skip
+    log = [line for one in (*first, run) for line in _log(one)]
     half = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(half, ignore_errors=True)
     model.half().save_pretrained(half)
     write_json(half / FIGURES, figures)
-    (half / LOG).write_text("".join(json.dumps(line) + "\n" for log in logs for line in log), encoding="utf-8")
-    (half / "README.md").write_text(_card(folder.name, model, figures, logs), encoding="utf-8")
+    (half / LOG).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    (half / "README.md").write_text(_card(folder.name, model, figures, log), encoding="utf-8")
     write_manifest(half)
     put_in_place(half, folder)
     return folder
@@ -82,14 +83,22 @@ def load_part(folder) -> PreTrainedModel:
     return KINDS[kind].from_pretrained(folder, dtype=torch.float32)
 
 
-def _card(name: str, model: PreTrainedModel, figures: dict, logs: list[list[dict]]) -> str:
+def _log(folder: Path) -> list[dict]:
+    if (folder / LOG).is_file():
+        return [json.loads(line) for line in (folder / LOG).read_text("utf-8").splitlines()]
+    return json.loads((checkpoints(folder)[-1] / STATE).read_text("utf-8"))["log_history"]
+
+
+def _card(name: str, model: PreTrainedModel, figures: dict, log: list[dict]) -> str:
     rows = [f"| {key.replace('_', ' ')} | {value if isinstance(value, int) else format(value, '.3f')} |"
             for key, value in figures.items()]  # fmt: skip
+    told = [line["step"] for line in log]
+    ends = [step for step, after in pairwise([*told, 0]) if after < step]  # every training begins at the first step
     return CARD.format(
         name=name,
         kind=type(model).__name__,
         count=sum(weight.numel() for weight in model.parameters()),
-        steps=sum(max(line["step"] for line in log) for log in logs),
+        steps=sum(ends),
         log=LOG,
         rows="\n".join(rows),
     )
@@ -99,9 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of perceptio.teachers.sam or .vision")
     parser.add_argument("folder", type=Path, help="folder to write")
-    parser.add_argument(
-        "--first", type=Path, metavar="DIR", help="output folder of the training that RUN goes on from"
-    )
+    parser.add_argument("--first", type=Path, nargs="+", default=[], metavar="DIR",
+                        help="output or frozen folders of the trainings that RUN goes on from")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         freeze(options.run, options.folder, options.first)

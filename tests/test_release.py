@@ -26,7 +26,10 @@ from perceptio.hub.small import build_small
 from perceptio.teachers.sam import sam_config
 from perceptio.teachers.vision import vision_config
 
-TEACHERS = {"sam": {"scenes": 2000, "mean_iou_points": 0.71234}, "vision-large": {"scenes": 2000, "colour": 0.98765}}
+TEACHERS = {
+    "sam-whole": {"scenes": 2000, "mean_iou_points": 0.71234},
+    "vision-large": {"scenes": 2000, "colour": 0.98765},
+}
 LARGEST_SHARD = 15_000_000
 
 
@@ -35,7 +38,7 @@ def run(tmp_path_factory, request):
     """As `perceptio.hub.train_tiny` leaves it, but that nothing was trained and an oracle was asked."""
     place, root = tmp_path_factory.mktemp("tiny"), request.config.rootpath
     torch.manual_seed(0)
-    Sam2Model(sam_config(96, 16, [1, 1, 2, 1], 32)).save_pretrained(place / "sam" / "model")
+    Sam2Model(sam_config(96, 16, [1, 1, 2, 1], 32)).save_pretrained(place / "sam-whole" / "model")
     InternVLVisionModel(vision_config(56, 14, 32, 2, 2)).save_pretrained(place / "vision-large" / "model")
     depth = root / "checkpoints" / "depth-tiny"
     parts = [place / name / "model" for name in TEACHERS]

@@ -15,6 +15,7 @@ from perceptio.teachers.sam import PromptedSam, SamTrainer, draw_prompts
 from perceptio.teachers.vision import VisionTrainingConfig, vision_config
 from perceptio.world.instances import scene_instances
 
+LOGGED = [{"step": 4, "loss": 3.0}, {"step": 7, "loss": 2.0}, {"step": 7, "train_runtime": 1.0}]
 PARTS = {"sam-tiny": "mean_iou_boxes", "vision-tiny": "noun"}
 
 
@@ -26,10 +27,12 @@ def run(tmp_path_factory):
     InternVLVisionModel(vision_config(56, 14, 32, 2, 2)).save_pretrained(folder / "model")
     (folder / "model" / "evaluation.json").write_text(json.dumps({"scenes": 4, "colour": 0.98765}))
     (folder / "checkpoint-7").mkdir()
-    (folder / "checkpoint-7" / "trainer_state.json").write_text(
-        json.dumps({"log_history": [{"step": 7, "loss": 2.0}]})
-    )
+    (folder / "checkpoint-7" / "trainer_state.json").write_text(json.dumps({"log_history": LOGGED}))
     return folder
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
 
 
 def test_halves_on_the_disk_and_the_figures_on_the_card(run, tmp_path):
@@ -41,7 +44,18 @@ def test_halves_on_the_disk_and_the_figures_on_the_card(run, tmp_path):
         assert weight.dtype == torch.float32 and torch.equal(weight, before.state_dict()[key].half().float())
     card = (folder / "README.md").read_text("utf-8")
     assert "| colour | 0.988 |" in card and "7 steps" in card
-    assert json.loads((folder / "log.jsonl").read_text()) == {"step": 7, "loss": 2.0}
+    assert logged(folder) == LOGGED
+
+
+def test_the_log_and_the_steps_are_those_of_all_trainings(run, tmp_path, monkeypatch):
+    """Also of what is there only frozen, and of one that was frozen behind two."""
+    first = freeze(run, tmp_path / "first", [run])
+    folder = freeze(run, tmp_path / "part", [first])
+    assert logged(folder) == LOGGED * 3
+    assert "14 steps" in (first / "README.md").read_text("utf-8")
+    assert "21 steps" in (folder / "README.md").read_text("utf-8")
+    assert main([str(run), str(tmp_path / "again"), "--first", str(first), str(run)]) == 0
+    assert "28 steps" in (tmp_path / "again" / "README.md").read_text("utf-8")
 
 
 def test_what_was_frozen_before_is_replaced_whole_or_not_at_all(run, tmp_path, monkeypatch):
@@ -105,7 +119,7 @@ def test_the_segmenter_finds_what_a_box_shows(request):
 def test_training_can_begin_with_the_frozen_ones(request, monkeypatch):
     monkeypatch.chdir(request.config.rootpath)
     names = [stage.name for stage in stages(frozen=True)]
-    assert "segmenter" not in names and names[0] == "base" and names[1:] == [s.name for s in stages()][4:]
+    assert "segmenter" not in names and names[0] == "base" and names[1:] == [s.name for s in stages()][5:]
     words = stages(frozen=True)[0].words
     for name in PARTS:
         assert f"checkpoints/{name}" in words and load_part(f"checkpoints/{name}").dtype == torch.float32
