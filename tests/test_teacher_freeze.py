@@ -99,7 +99,8 @@ def test_the_trained_ones_are_whole_and_their_cards_true(name, request):
 
 
 def test_the_segmenter_finds_what_a_box_shows(request):
-    """On scenes of a split that it was not trained on; a new one has an IoU of about 0.1."""
+    """On scenes of a split that it was not trained on; a new one has an IoU of about 0.1, one whose encoder never
+    learned one of 0.68."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -113,7 +114,7 @@ def test_the_segmenter_finds_what_a_box_shows(request):
         drawn = draw_prompts(scene, args, np.random.default_rng(index), whole=True)
         with torch.no_grad():
             found.append(model(**{key: value[None] for key, value in drawn.items()}))
-    assert SamTrainer.measure(found)["mean_iou_boxes"] > 0.55
+    assert SamTrainer.measure(found)["mean_iou_boxes"] > 0.7
 
 
 def test_training_can_begin_with_the_frozen_ones(request, monkeypatch):
