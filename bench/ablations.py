@@ -120,7 +120,8 @@ def replace_codes(model: Path, data: str, out: Path, results: dict) -> None:
 def claim(folder: Path, made: dict) -> None:
     """made: of what everything in the folder is; what is there of something else is left alone, and refused."""
     known = folder / "made.json"
-    if known.is_file() and json.loads(known.read_text("utf-8")) != made:
+    there = json.loads(known.read_text("utf-8")) if known.is_file() else None
+    if folder.is_dir() and any(folder.iterdir()) and there != made:
         raise SystemExit(f"{folder} is of other settings or another model: move it away, or give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(known, made)

@@ -104,6 +104,10 @@ def test_variants_and_seeds_may_be_added_and_other_runs_are_left_alone(ablations
     with pytest.raises(SystemExit, match="all-0 is of other settings or another model"):
         ablations.ablate(other, tmp_path, results)
     assert json.loads((tmp_path / "all-0" / "made.json").read_text("utf-8"))["train"] == config["train"]
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "of-before.json").write_text("{}")
+    with pytest.raises(SystemExit, match="codes is of other settings or another model"):
+        ablations.claim(tmp_path / "codes", {})
 
 
 def test_the_table_compares_with_the_whole(ablations, results):
