@@ -47,6 +47,13 @@ def run(*words) -> None:
     subprocess.run(command, check=True, cwd=ROOT, env={**KEEP_MEMORY, **os.environ})
 
 
+def read_config(path: Path) -> dict:
+    """The settings of a comparison; those of its runs are the recipe's, but for what it has itself."""
+    config = yaml.safe_load(path.read_text("utf-8"))
+    recipe = yaml.safe_load((ROOT / config.pop("recipe")).read_text("utf-8"))
+    return {**config, "train": {**recipe, **config["train"]}}
+
+
 def train(changes: dict, seed: int, config: dict, folder: Path) -> Path:
     """The folder of the trained model.  changes: arguments of train_sft.py, and `without` for its data."""
     if (folder / "run" / "model" / "manifest.json").is_file():
@@ -100,8 +107,8 @@ def ablate(config: dict, out: Path, results: dict) -> None:
             if str(seed) in rows:
                 continue
             folder = out / f"{name.replace(' ', '-')}-{seed}"
-            variant, asked = dict(changes), config["eval"]
-            claim(folder, {"start": made["start"], "train": config["train"], "eval": asked, "changes": changes})
+            variant, asked = dict(changes or {}), config["eval"]
+            claim(folder, {"start": made["start"], "train": config["train"], "eval": asked, "changes": variant})
             options = variant.pop("eval", [])
             model = train(variant, seed, config, folder)
             rows[str(seed)] = ask(model, asked["data"], asked["splits"], folder / "eval", *options)
@@ -109,8 +116,9 @@ def ablate(config: dict, out: Path, results: dict) -> None:
 
 
 def replace_codes(model: Path, data: str, out: Path, results: dict) -> None:
-    results["codes"] = {"model": model.name, "weights": weights_of(model), "with": {}}
-    claim(out / "codes", {"start": weights_of(model), "data": data})
+    weights = weights_of(model)
+    claim(out / "codes", {"start": weights, "data": data})
+    results["codes"] = {"model": model.name, "weights": weights, "with": {}}
     for codes in CODES:
         folder = out / "codes" / codes
         results["codes"]["with"][codes] = ask(model, data, CLOSEST, folder, "--depth-codes", codes)
@@ -224,7 +232,7 @@ def main() -> int:
     if options.tokens is not None:
         replace_codes(options.tokens.resolve(), str(Path(options.data).resolve()), out, results)
     if options.config is not None:
-        ablate(yaml.safe_load(options.config.read_text("utf-8")), out, results)
+        ablate(read_config(options.config), out, results)
     RESULTS.with_suffix(".svg").write_text(plot(results), "utf-8")
     print(table(results))
     return 0

@@ -47,7 +47,7 @@ def test_halves_on_the_disk_and_the_figures_on_the_card(run, tmp_path):
     assert logged(folder) == LOGGED
 
 
-def test_the_log_and_the_steps_are_those_of_all_trainings(run, tmp_path, monkeypatch):
+def test_the_log_and_the_steps_are_those_of_all_trainings(run, tmp_path):
     """Also of what is there only frozen, and of one that was frozen behind two."""
     first = freeze(run, tmp_path / "first", [run])
     folder = freeze(run, tmp_path / "part", [first])
