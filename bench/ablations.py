@@ -11,29 +11,36 @@ bench/results/ablations.json and draw ablations.svg beside it.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import yaml
 
 from perceptio.data.manifest import write_json
 from perceptio.evaluation import CODES
+from perceptio.evaluation.metrics import NORMAL_95
+from perceptio.hub import train_tiny
 from perceptio.hub.train_tiny import KEEP_MEMORY, fine_tuning_on_cores
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "ablations.json"
-CLOSEST = ("points3", "points4", "points5", "lure")
+CLOSEST, FOUND = ("points3", "points4", "points5", "lure"), "closest point"
 SHOWN = {  # beside the closest points: split and figure
     "answers": ("test", "answers"),
     "masks, cIoU": ("refer", "cIoU"),
     "δ1": ("test", "delta1, aligned"),
 }
 # What the paper and public work report for the same changes, in points of HardBLINK's mean.
-PUBLISHED = {"no depth span": "−25.8 (Perceptio-8B)"}
+PUBLISHED = {
+    "no perception tokens": "−1.0 (LLaVA-13B), −12.4 (Qwen2.5-VL-3B)",
+    "no depth span": "−25.8 (Perceptio-8B)",
+}
 PUBLISHED_CODES = {
     "random": "−8.9 (LLaVA-13B), −19.9 (Qwen2.5-VL-3B)",
     "constant": "−4.0 (LLaVA-13B), −12.4 (Qwen2.5-VL-3B)",
@@ -60,15 +67,14 @@ def train(changes: dict, seed: int, config: dict, folder: Path) -> Path:
         return folder / "run" / "model"
     folder.mkdir(parents=True, exist_ok=True)
     changes = dict(changes)
-    without, data = changes.pop("without", None), Path(config["train"]["data"])
-    if without is not None:
-        recipe = yaml.safe_load((ROOT / data).read_text("utf-8"))
-        # Spans that are given teach to read spans: without spans there is nothing to give.
-        kept = [s for s in recipe["sources"] if "depth" not in without or not s["name"].startswith("given")]
-        sources = [{**source, "without": _either(without, source.get("without", ""))} for source in kept]
-        recipe |= {"sources": sources, "root": str(ROOT / recipe["root"])}
-        data = folder / "data.yaml"
-        data.write_text(yaml.safe_dump(recipe), "utf-8")
+    without, data = changes.pop("without", ""), folder / "data.yaml"
+    recipe = yaml.safe_load((ROOT / config["train"]["data"]).read_text("utf-8"))
+    # Spans that are given teach to read spans: without spans there is nothing to give.
+    kept = [s for s in recipe["sources"] if "depth" not in without or not s["name"].startswith("given")]
+    if without:
+        kept = [{**source, "without": _either(without, source.get("without", ""))} for source in kept]
+    recipe |= {"sources": kept, "root": str(ROOT / config["scenes"]["root"])}
+    data.write_text(yaml.safe_dump(recipe), "utf-8")
     arguments = {**config["train"], **changes, "data": str(data), "seed": seed, "output_dir": str(folder / "run")}
     (folder / "run.yaml").write_text(yaml.safe_dump(arguments), "utf-8")
     run(*(fine_tuning_on_cores() or ("train_sft.py",)), "--config", folder / "run.yaml", "--resume")
@@ -80,7 +86,7 @@ def _either(*left_out: str) -> str:
 
 
 def ask(model: Path, data: str, splits: Sequence[str], out: Path, *options: str) -> dict:
-    """Split → figure → value and number of questions."""
+    """Split → figure → value and number of questions; of closest points also which were found, a digit for each."""
     words = ["--model", model, "--data", data, "--split", ",".join(splits), "--out", out, "--batch-size", "32"]
     if not (out / "results.json").is_file():
         run("-m", "perceptio", "eval", "world", *words, *options)
@@ -88,36 +94,83 @@ def ask(model: Path, data: str, splits: Sequence[str], out: Path, *options: str)
     for figure in json.loads((out / "results.json").read_text("utf-8"))["figures"]:
         split, name = figure["name"].split(": ", 1)
         found.setdefault(split, {})[name] = {"value": figure["value"], "n": figure["n"]}
+    judged = map(json.loads, (out / "judgements.jsonl").read_text("utf-8").splitlines())
+    for values in (row["values"] for row in sorted(judged, key=itemgetter("id"))):
+        if values["kind"] == "points" and values["split"] in CLOSEST:
+            told = found[values["split"]][FOUND]
+            told["right"] = told.get("right", "") + str(int(values["right"]))
     return found
 
 
 def closest(splits: dict) -> float | None:
     """The share of closest points that were found, in percent as `perceptio eval` writes it; the splits' mean."""
-    found = [splits[name]["closest point"]["value"] for name in CLOSEST if name in splits]
+    found = [splits[name][FOUND]["value"] for name in CLOSEST if name in splits]
     return statistics.fmean(found) if found else None
 
 
+def difference(some: list[dict], others: list[dict]) -> tuple[float, float]:
+    """How many more of the closest points some runs found than others, in percent, and by how much that may be off, at
+    95%, for having asked these questions of all that might be.  All were asked the same."""
+    shifts, variances = [], []
+    for name in CLOSEST:
+        if name in some[0] and name in others[0]:
+            shares = [_found(runs, name) for runs in (some, others)]
+            each = [100 * (one - other) for one, other in zip(*shares, strict=True)]
+            shifts.append(statistics.fmean(each))
+            variances.append(statistics.variance(each) / len(each))
+    return statistics.fmean(shifts), NORMAL_95 * math.sqrt(sum(variances)) / len(shifts)
+
+
+def _found(runs: list[dict], split: str) -> list[float]:
+    """For each question the share of runs that found the point."""
+    return [
+        statistics.fmean(map(int, digits))
+        for digits in zip(*(run[split][FOUND]["right"] for run in runs), strict=True)
+    ]
+
+
 def ablate(config: dict, out: Path, results: dict) -> None:
-    made = {"settings": config, "start": weights_of(ROOT / config["train"]["model"])}
+    shared = {key: value for key, value in config.items() if key not in ("seeds", "variants")}
+    made = {"settings": shared, "start": weights_of(ROOT / config["train"]["model"])}
     if any(results.get(key) != value for key, value in made.items()):
-        results |= {**made, "variants": {}}
+        results |= {**made, "changes": {}, "variants": {}}
     for seed in config["seeds"]:
         for name, changes in config["variants"].items():
-            rows = results["variants"].setdefault(name, {})
+            variant = dict(changes or {})
+            if results["changes"].get(name) != variant:
+                results["changes"][name], results["variants"][name] = dict(variant), {}
+            rows = results["variants"][name]
             if str(seed) in rows:
                 continue
             folder = out / f"{name.replace(' ', '-')}-{seed}"
-            variant, asked = dict(changes or {}), config["eval"]
-            claim(folder, {"start": made["start"], "train": config["train"], "eval": asked, "changes": variant})
-            options = variant.pop("eval", [])
+            claim(folder, {**made, "changes": variant})
+            options, asked = variant.pop("eval", []), config["eval"]
+            make_scenes(config["scenes"])
+            make_held_out(asked["data"])
             model = train(variant, seed, config, folder)
             rows[str(seed)] = ask(model, asked["data"], asked["splits"], folder / "eval", *options)
             write_json(RESULTS, results)
 
 
+def make_scenes(scenes: dict) -> None:
+    """What all runs learn from, the same for each; what is there is not made again."""
+    which = ("--first", scenes["first"], "--parts", scenes["parts"])
+    run("-m", "perceptio.hub.tiny_data", f"{scenes['root']}/parts", *which)
+
+
+def make_held_out(data: str) -> None:
+    """Those of our own; another folder has to be there."""
+    if Path(data).resolve() != (train_tiny.OUT / "held-out").resolve():
+        return
+    for stage in train_tiny.held_out():
+        if not stage.done():
+            run(*stage.words[1:])
+
+
 def replace_codes(model: Path, data: str, out: Path, results: dict) -> None:
     weights = weights_of(model)
     claim(out / "codes", {"start": weights, "data": data})
+    make_held_out(data)
     results["codes"] = {"model": model.name, "weights": weights, "with": {}}
     for codes in CODES:
         folder = out / "codes" / codes
@@ -148,10 +201,12 @@ def table(results: dict) -> str:
     """Markdown."""
     shown = ["closest point", "against all", *SHOWN, "seeds", "published"]
     lines = [f"| | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
-    whole = _values(results, "all")
+    whole = list(results.get("variants", {}).get("all", {}).values())
     for name, rows in results.get("variants", {}).items():
         values = _values(results, name)
-        change = "" if name == "all" or not whole else f"{statistics.fmean(values) - statistics.fmean(whole):+.1f}"
+        change = ""
+        if name != "all" and whole and values:
+            change = "{:+.1f} ± {:.1f}".format(*difference(list(rows.values()), whole))
         others = [
             _spread([splits[split][figure]["value"] for splits in rows.values() if figure in splits.get(split, {})])
             for split, figure in SHOWN.values()
@@ -227,12 +282,17 @@ def main() -> int:
     options = parser.parse_args()
     if options.config is None and options.tokens is None:
         parser.error("name --config, --tokens, or both")
+    if options.config is not None and not options.config.is_file():
+        parser.error(f"`--config` is {options.config}, expected a file as recipes/ablations/tiny.yaml")
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
-    out = options.out.resolve()
-    if options.tokens is not None:
-        replace_codes(options.tokens.resolve(), str(Path(options.data).resolve()), out, results)
-    if options.config is not None:
-        ablate(read_config(options.config), out, results)
+    config = None if options.config is None else read_config(options.config)
+    out, data = options.out.resolve(), str(Path(options.data).resolve())
+    tokens = None if options.tokens is None else options.tokens.resolve()
+    os.chdir(ROOT)
+    if tokens is not None:
+        replace_codes(tokens, data, out, results)
+    if config is not None:
+        ablate(config, out, results)
     RESULTS.with_suffix(".svg").write_text(plot(results), "utf-8")
     print(table(results))
     return 0

@@ -3,6 +3,7 @@ that are given.
 
     python -m perceptio.hub.tiny_data build/tiny/parts
     python -m perceptio.hub.tiny_data build/tiny/parts --parts 400    # more; what is there is not made again
+    python -m perceptio.hub.tiny_data build/tiny/unseen/parts --first 219 --parts 8    # others
 
 A part is a folder with one data set of each kind.  A recipe names those of all parts as `parts/*/scenes`.
 """
@@ -48,13 +49,17 @@ GIVEN = {"given": ("scenes", "points"), "given-things": ("relations", "things")}
 MAPS = 2  # that are given to each picture
 
 
-def make_parts(folder: Path, count: int, workers: int | None = None, depth: str = DEPTH, kinds: dict = KINDS) -> None:
-    """Make those of the first `count` parts that are not there.  depth: folder of the depth tokenizer."""
+def make_parts(
+    folder: Path, count: int, workers: int | None = None, depth: str = DEPTH, kinds: dict = KINDS, first: int = 0
+) -> None:
+    """Make those of the `count` parts from `first` on that are not there.  depth: folder of the depth tokenizer."""
     if count < 1:
         raise ValueError(f"`parts` is {count}, expected at least 1")
     if workers is not None and workers < 1:
         raise ValueError(f"`workers` is {workers}, expected at least 1")
-    waiting = missing_parts(folder, count)
+    if first < 0:
+        raise ValueError(f"`first` is {first}, expected 0 or more")
+    waiting = missing_parts(folder, count, first)
     if not waiting:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +96,9 @@ def part_folder(folder: Path, number: int) -> Path:
     return folder / f"{number:03d}"
 
 
-def missing_parts(folder: Path, count: int) -> list[int]:
-    """The numbers of those of the first `count` parts that are not there."""
-    return [number for number in range(count) if not part_folder(folder, number).is_dir()]
+def missing_parts(folder: Path, count: int, first: int = 0) -> list[int]:
+    """The numbers of those of the `count` parts from `first` on that are not there."""
+    return [number for number in range(first, first + count) if not part_folder(folder, number).is_dir()]
 
 
 def _start_worker() -> None:
@@ -116,13 +121,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--parts", type=int, default=PARTS, help="default: %(default)s")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="N", help="number of the first one (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
         "--depth", default=DEPTH, metavar="DIR", help="folder of the depth tokenizer (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     try:
-        make_parts(options.folder, options.parts, options.workers, options.depth)
+        make_parts(options.folder, options.parts, options.workers, options.depth, first=options.first)
     except BrokenProcessPool:
         return refuse(
             RuntimeError("a process was killed, for want of memory perhaps: run it again with fewer `--workers`")

@@ -52,11 +52,6 @@ def stages(
         """One that leaves a file behind."""
         return Stage(name, (python, *map(str, words)), file.is_file)
 
-    def scenes(split: str, count: int) -> Stage:
-        folder = OUT / "held-out"
-        build = ("-m", "perceptio", "world", "build", folder, "--split", split, "--scenes", count)
-        return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
-
     recipes = Path("recipes")
     base, sam, vision = (OUT / name for name in ("base", "sam-whole/model", "vision-large/model"))
     teachers = [
@@ -75,13 +70,24 @@ def stages(
         *before,
         Stage("scenes to learn from", (python, "-m", "perceptio.hub.tiny_data", str(OUT / "parts")),
               lambda: not missing_parts(OUT / "parts", PARTS)),
-        *(scenes(split, count) for split, count in HELD_OUT.items()),
+        *held_out(python),
         stage("fine-tuning", OUT / "run/model/manifest.json",
               *fine_tuning(), "--config", recipes / "perceptio-tiny.yaml", "--resume", *model, *more),
         stage("figures", OUT / "eval/results.json",
               "-m", "perceptio", "eval", "world", "--model", OUT / "run/model", "--data", OUT / "held-out",
               "--out", OUT / "eval", "--batch-size", 32),
     ]  # fmt: skip
+
+
+def held_out(python: str = sys.executable) -> list[Stage]:
+    """The scenes that are measured on."""
+
+    def scenes(split: str, count: int) -> Stage:
+        folder = OUT / "held-out"
+        build = ("-m", "perceptio", "world", "build", folder, "--split", split, "--scenes", count)
+        return Stage(f"scenes: {split}", (python, *map(str, build)), lambda: _has_split(folder, split))
+
+    return [scenes(split, count) for split, count in HELD_OUT.items()]
 
 
 def fine_tuning() -> tuple:

@@ -66,6 +66,8 @@ def test_a_part_is_the_same_whoever_makes_it(parts, tmp_path, depth):
 def test_what_is_there_is_not_made_again_and_a_part_that_fails_is_not_there(parts, tmp_path, depth):
     before = {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")}
     make_parts(parts, 2, depth=depth, kinds=FEW)
+    assert missing_parts(parts, 3, first=1) == [2, 3]
+    make_parts(parts, 1, depth=depth, kinds=FEW, first=1)
     assert {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")} == before
     with pytest.raises(TypeError):
         make_part(tmp_path, 0, depth, {**FEW, "more": None})
@@ -92,6 +94,7 @@ def test_no_process_stays_when_it_is_stopped(tmp_path, depth):
 def test_wrong_words_are_one_line(tmp_path, capsys):
     for words, expected in (
         (["--parts", "0"], "`parts` is 0, expected at least 1"),
+        (["--first", "-1"], "`first` is -1, expected 0 or more"),
         (["--workers", "0"], "`workers` is 0, expected at least 1"),
         (["--parts", "1", "--workers", "1", "--depth", str(tmp_path / "none")], "none has no config.json"),
     ):
